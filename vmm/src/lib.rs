@@ -1,1 +1,5 @@
-//! See below.
+//! Tarn, the VMM.
+
+pub mod config;
+pub mod event_loop;
+pub mod run_state;
