@@ -18,4 +18,6 @@
 
 pub mod bus;
 pub mod irq;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod virtio;

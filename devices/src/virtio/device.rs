@@ -4,16 +4,12 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::irq::InterruptLine;
-
-/// Interrupt status bit 0: used buffers (virtio 1.2, section 4.2.2).
-const VIRTIO_MMIO_INT_VRING: u32 = 1;
-/// Interrupt status bit 1: configuration change, which includes "needs reset".
-const VIRTIO_MMIO_INT_CONFIG: u32 = 2;
 
 /// A device's way to tell its driver something: shared by the transport (which shows the registers)
 /// and whoever serves the queues, on any thread, without a lock.
@@ -22,6 +18,8 @@ pub struct Interrupt {
     status: AtomicU32,
     config_generation: AtomicU32,
     needs_reset: AtomicBool,
+    /// Violations since the machine was built; only for the log.
+    violations: AtomicU32,
 }
 
 impl Interrupt {
@@ -32,6 +30,7 @@ impl Interrupt {
             status: AtomicU32::new(0),
             config_generation: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
+            violations: AtomicU32::new(0),
         }
     }
 
@@ -53,6 +52,19 @@ impl Interrupt {
         if !self.needs_reset.swap(true, Ordering::AcqRel) {
             self.raise(VIRTIO_MMIO_INT_CONFIG);
         }
+    }
+
+    /// [`Self::needs_reset`], with the reason in the log. A driver that goes on and on cannot flood it.
+    pub fn violated(&self, reason: &(dyn std::error::Error + 'static)) {
+        let count = self.violations.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        if count.is_power_of_two() {
+            tracing::warn!(
+                error = reason,
+                count,
+                "A virtio driver broke the rules: the device needs a reset"
+            );
+        }
+        self.needs_reset();
     }
 
     /// Whether [`Self::needs_reset`] was called since the last reset.
@@ -77,7 +89,7 @@ impl Interrupt {
 
     /// The driver has reset the device: pending causes are gone, the generation goes on.
     pub fn reset(&self) {
-        let Self { line: _, status, config_generation: _, needs_reset } = self;
+        let Self { line: _, status, config_generation: _, needs_reset, violations: _ } = self;
         status.store(0, Ordering::Release);
         needs_reset.store(false, Ordering::Release);
     }

@@ -8,3 +8,5 @@
 //! ```
 
 pub mod device;
+pub mod mmio;
+pub mod queue;
