@@ -1,1 +1,53 @@
-//! See below.
+//! Disks on the host: open, lock, read, write, flush, discard. Knows no virtio and no guest.
+//!
+//! ```text
+//!   DiskOptions ──Disk::open──▶ Disk ──Engine::start──▶ Engine ──queue / submit──▶ Backend
+//!   (plain data)                │ file, geometry,        │ ▲                        │ io_uring
+//!                               │ image lock             │ └──reap: Completion──────┤ or threads
+//!                               ▼                        ▼                          │ (± Faults)
+//!                         /proc/locks, QEMU      event(): readable when ────────────┘
+//!                                                completions wait
+//! ```
+//!
+//! A [`Disk`] is an image that was opened, checked and locked; its metadata was read once and is kept,
+//! so nothing can change it under a device but [`Disk::refresh_size`] and [`Disk::resize`]. An
+//! [`Engine`] owns one disk and carries out [`Operation`]s on it. It has one owner, one thread at a
+//! time, and no lock: whoever wants to switch a device to another image waits until nothing is in
+//! flight and swaps the whole `Engine`.
+//!
+//! # Who answers for what
+//!
+//! - Offsets and lengths **originate with the guest**. The engine checks them against the disk and
+//!   against overflow: any value yields a [`Completion`] with an error, never a panic, and no write
+//!   grows an image.
+//! - Memory is the caller's: it stays valid until the completion was handed out
+//!   ([`Engine::queue`] is `unsafe` for that reason alone). Dropping an engine waits for what is in
+//!   flight, so memory may go after it.
+//! - Order is the caller's: operations in flight together may be carried out in any order; a flush
+//!   covers what was completed before it was queued.
+//! - Short transfers, `EINTR`, direct I/O's alignment and what a filesystem cannot do (holes, zeroes)
+//!   are the engine's: the caller sees all or an error.
+//!
+//! # Formats
+//!
+//! Raw only, and never guessed. A raw image that begins like another format is refused unless the
+//! caller says that it is raw: a guest may write any header into its own disk, so a guess would hand it
+//! the host's files (a QCOW2 header names a backing file).
+
+mod disk;
+mod engine;
+mod errno;
+mod error;
+mod event;
+mod geometry;
+mod lock;
+mod options;
+mod signature;
+
+pub use disk::Disk;
+pub use engine::fault::{Fault, Faults};
+pub use engine::{Buffer, CallKind, Completion, Engine, EngineKind, EngineOptions, Operation};
+pub use errno::Errno;
+pub use error::{Holder, OpenError, ResizeError};
+pub use geometry::Geometry;
+pub use options::{Cache, DiskOptions, Format, Source};

@@ -1,0 +1,392 @@
+//! Carries out operations on a disk, many at a time.
+//!
+//! ```text
+//!   queue(token, operation) ─▶ checked ─▶ [waiting] ─▶ slot: Task ──next_call──▶ Backend
+//!                                 │           ▲          ▲  │                       │
+//!                                 │           │          │  └──────advance──────────┘ result
+//!                                 ▼           │          └─ an exclusive task runs alone,
+//!   reap() ◀── Completion ◀── refused      slots full       everything behind it waits
+//! ```
+//!
+//! What an operation needs beyond one call (the rest of a short transfer, a fallback, a bounce
+//! buffer) is a [`task::Task`]'s business and the same whoever makes the calls; a [`Backend`] makes
+//! them: [`uring::Uring`] or [`threads::ThreadPool`], either behind [`fault::Faults`].
+
+#![expect(unsafe_code, reason = "the caller's memory is read and written while calls are in flight")]
+
+mod call;
+pub(crate) mod fault;
+mod memory;
+mod task;
+mod threads;
+mod uring;
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::time::Duration;
+
+use self::call::Call;
+pub use self::call::CallKind;
+use self::fault::Faults;
+pub use self::memory::Buffer;
+use self::task::{Lacks, Progress, Target, Task, Zeroes};
+use crate::disk::Disk;
+use crate::errno::Errno;
+use crate::event::wait_readable;
+use crate::options::Cache;
+
+/// Makes calls and tells their results.
+pub(crate) trait Backend: Send {
+    /// Takes a call, to be made at the next [`Self::submit`].
+    ///
+    /// # Safety
+    ///
+    /// The call's file, segments and their memory stay valid until its result was reaped, and the
+    /// backend is not dropped before.
+    unsafe fn start(&mut self, slot: u32, call: Call);
+
+    /// Makes the calls that were started.
+    fn submit(&mut self) -> io::Result<()>;
+
+    /// Appends the results that have come: bytes, zero or `-errno`. Never waits.
+    fn reap(&mut self, results: &mut Vec<(u32, i32)>);
+
+    /// Readable while results wait.
+    fn event(&self) -> BorrowedFd<'_>;
+}
+
+/// Who makes the calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineKind {
+    /// io_uring.
+    Uring,
+    /// Threads that block.
+    Threads,
+}
+
+/// How to run an engine.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// `None`: io_uring where the host allows it, else threads.
+    pub kind: Option<EngineKind>,
+    /// Calls in flight at a time, 1–1024; more operations wait in the engine.
+    pub depth: u32,
+    /// Errors and delays to make up, for tests of everything above.
+    pub faults: Option<Faults>,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self { kind: None, depth: 128, faults: None }
+    }
+}
+
+/// What to do to a disk. Offsets and lengths in bytes, of any value.
+#[derive(Debug, Clone)]
+pub enum Operation {
+    /// Fill the buffers from `offset` on.
+    Read {
+        /// Where on the disk.
+        offset: u64,
+        /// Where to.
+        buffers: Vec<Buffer>,
+    },
+    /// Store the buffers from `offset` on.
+    Write {
+        /// Where on the disk.
+        offset: u64,
+        /// What.
+        buffers: Vec<Buffer>,
+    },
+    /// Make all completed writes durable.
+    Flush,
+    /// The range's content is not needed any more; it reads as anything afterwards.
+    Discard {
+        /// Where on the disk.
+        offset: u64,
+        /// How much.
+        length: u64,
+    },
+    /// The range reads as zeroes afterwards.
+    WriteZeroes {
+        /// Where on the disk.
+        offset: u64,
+        /// How much.
+        length: u64,
+        /// Whether the range may be given back to the host.
+        unmap: bool,
+    },
+}
+
+/// An operation is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Completion {
+    /// As given to [`Engine::queue`].
+    pub token: u64,
+    /// Done entirely, or the error; a failed write may have stored a part.
+    pub result: Result<(), Errno>,
+}
+
+struct Slot {
+    token: u64,
+    task: Task,
+}
+
+/// A disk at work.
+pub struct Engine {
+    // Fixed.
+    kind: EngineKind,
+    disk: Disk,
+    backend: Box<dyn Backend>,
+    // Volatile.
+    target: Target,
+    slots: Vec<Option<Slot>>,
+    free: Vec<u32>,
+    /// An exclusive task is in flight.
+    exclusive: bool,
+    waiting: VecDeque<Slot>,
+    done: Vec<Completion>,
+    /// Kept for its memory.
+    results: Vec<(u32, i32)>,
+}
+
+impl Engine {
+    /// Puts `disk` to work.
+    ///
+    /// # Errors
+    ///
+    /// The host allows neither of the wanted backends.
+    pub fn start(disk: Disk, options: &EngineOptions) -> io::Result<Self> {
+        let depth = options.depth.clamp(1, 1024);
+        let threads = || -> io::Result<Box<dyn Backend>> { Ok(Box::new(threads::ThreadPool::new()?)) };
+        let uring = || -> io::Result<Box<dyn Backend>> { Ok(Box::new(uring::Uring::new(depth)?)) };
+        let (kind, backend) = match options.kind {
+            Some(EngineKind::Threads) => (EngineKind::Threads, threads()?),
+            Some(EngineKind::Uring) => (EngineKind::Uring, uring()?),
+            None => match uring() {
+                Ok(backend) => (EngineKind::Uring, backend),
+                Err(_) => (EngineKind::Threads, threads()?),
+            },
+        };
+        let backend = match &options.faults {
+            Some(faults) => faults.wrap(backend)?,
+            None => backend,
+        };
+        let target = Target {
+            fd: disk.file().as_raw_fd(),
+            geometry: *disk.geometry(),
+            durable: disk.cache() == Cache::Writethrough,
+            lacks: Lacks::default(),
+        };
+        Ok(Self {
+            kind,
+            disk,
+            backend,
+            target,
+            slots: (0..depth).map(|_| None).collect(),
+            free: (0..depth).rev().collect(),
+            exclusive: false,
+            waiting: VecDeque::new(),
+            done: Vec::new(),
+            results: Vec::new(),
+        })
+    }
+
+    /// Who makes the calls.
+    pub fn kind(&self) -> EngineKind {
+        self.kind
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    /// The disk, to resize it. Its size may shrink only while nothing is in flight.
+    pub fn disk_mut(&mut self) -> &mut Disk {
+        &mut self.disk
+    }
+
+    /// Readable while completions wait that the host has sent. Level-triggered, nothing to read.
+    pub fn event(&self) -> BorrowedFd<'_> {
+        self.backend.event()
+    }
+
+    /// Operations queued whose completions were not reaped.
+    pub fn in_flight(&self) -> usize {
+        self.active() + self.waiting.len() + self.done.len()
+    }
+
+    /// Takes an operation, which starts at the next [`Self::submit`]. It always completes: what is out
+    /// of range, or writes to a read-only disk, with an error. `token` is given back with the
+    /// completion and means nothing here.
+    ///
+    /// # Safety
+    ///
+    /// The buffers stay valid for reading (writes) or writing (reads) until [`Self::reap`] has handed
+    /// out the completion, or the engine was dropped.
+    pub unsafe fn queue(&mut self, token: u64, operation: Operation) {
+        match self.check(operation) {
+            Ok(Some(task)) => {
+                self.waiting.push_back(Slot { token, task });
+                self.dispatch();
+            }
+            Ok(None) => self.done.push(Completion { token, result: Ok(()) }),
+            Err(errno) => self.done.push(Completion { token, result: Err(errno) }),
+        }
+    }
+
+    /// Starts what was queued, in one system call where possible. Follow it by [`Self::reap`]: much is
+    /// complete at once, and what was refused never shows at [`Self::event`].
+    ///
+    /// # Errors
+    ///
+    /// The backend is broken; queued operations may never complete.
+    pub fn submit(&mut self) -> io::Result<()> {
+        self.backend.submit()
+    }
+
+    /// Appends the completions that have come. Never waits.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::submit`], which continues unfinished operations.
+    pub fn reap(&mut self, completions: &mut Vec<Completion>) -> io::Result<()> {
+        let mut results = std::mem::take(&mut self.results);
+        self.backend.reap(&mut results);
+        let any = !results.is_empty();
+        for (slot, result) in results.drain(..) {
+            self.advance(slot, result);
+        }
+        self.results = results;
+        completions.append(&mut self.done);
+        if any {
+            self.dispatch();
+            self.backend.submit()?;
+        }
+        Ok(())
+    }
+
+    /// Waits until completions can be reaped, or `timeout` is over. Returns whether there are any.
+    pub fn wait(&self, timeout: Duration) -> bool {
+        !self.done.is_empty() || wait_readable(self.event(), timeout)
+    }
+
+    fn active(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Turns an operation into a task; `None` when there is nothing to do.
+    fn check(&self, operation: Operation) -> Result<Option<Task>, Errno> {
+        let invalid = Errno::new(libc::EINVAL);
+        let in_range = |offset: u64, length: u64| {
+            offset.checked_add(length).filter(|end| *end <= self.disk.size()).map(drop).ok_or(invalid)
+        };
+        let writable = || if self.disk.is_read_only() { Err(Errno::new(libc::EROFS)) } else { Ok(()) };
+        match operation {
+            Operation::Read { offset, buffers } => {
+                let length = memory::total(&buffers).ok_or(invalid)?;
+                in_range(offset, length)?;
+                Ok((length > 0).then(|| Task::transfer(&self.target, false, offset, buffers)))
+            }
+            Operation::Write { offset, buffers } => {
+                writable()?;
+                let length = memory::total(&buffers).ok_or(invalid)?;
+                in_range(offset, length)?;
+                Ok((length > 0).then(|| Task::transfer(&self.target, true, offset, buffers)))
+            }
+            Operation::Flush => {
+                let void = self.disk.cache() == Cache::Unsafe || self.disk.is_read_only();
+                Ok((!void).then_some(Task::Sync))
+            }
+            Operation::Discard { offset, length } => {
+                writable()?;
+                in_range(offset, length)?;
+                Ok(self.discard(offset, length))
+            }
+            Operation::WriteZeroes { offset, length, unmap } => {
+                writable()?;
+                in_range(offset, length)?;
+                let unmap = unmap && self.disk.discards();
+                Ok((length > 0).then(|| Task::Zeroes(Zeroes::new(&self.target, offset, length, unmap))))
+            }
+        }
+    }
+
+    /// A discard is a hint: on devices it shrinks to whole blocks.
+    fn discard(&self, offset: u64, length: u64) -> Option<Task> {
+        let geometry = self.disk.geometry();
+        let block = if geometry.is_block_device { u64::from(geometry.logical_block_size) } else { 1 };
+        let end = offset + length;
+        let (start, end) = (offset.checked_next_multiple_of(block)?, end - end % block);
+        let useful = self.disk.discards() && !self.target.lacks.discard && start < end;
+        useful.then(|| Task::Discard { offset: start, length: end - start, synced: false })
+    }
+
+    /// Fills free slots from the waiting line, in order.
+    fn dispatch(&mut self) {
+        while !self.exclusive
+            && let Some(next) = self.waiting.front()
+            && let Some(&index) = self.free.last()
+        {
+            let alone = next.task.is_exclusive(&self.target);
+            if alone && self.active() > 0 {
+                return;
+            }
+            self.exclusive = alone;
+            self.free.pop();
+            let slot = self.waiting.pop_front();
+            self.slots[index as usize] = slot;
+            self.call(index);
+        }
+    }
+
+    /// Starts the next call of the task in a slot.
+    fn call(&mut self, index: u32) {
+        if let Some(slot) = &mut self.slots[index as usize] {
+            let call = slot.task.next_call(&self.target);
+            // SAFETY: the task stays in its slot, and so do its segments, until the result was reaped;
+            // the caller's memory by the contract of `queue`; the file lives in `disk`.
+            unsafe { self.backend.start(index, call) };
+        }
+    }
+
+    fn advance(&mut self, index: u32, result: i32) {
+        let Some(Some(slot)) = self.slots.get_mut(index as usize) else { return };
+        match slot.task.advance(&mut self.target, result) {
+            Progress::Next => self.call(index),
+            Progress::Done(result) => {
+                self.done.push(Completion { token: slot.token, result });
+                self.slots[index as usize] = None;
+                self.free.push(index);
+                // An exclusive task was the only one.
+                self.exclusive = false;
+            }
+        }
+    }
+}
+
+impl Drop for Engine {
+    /// Waits for the calls in flight: the kernel uses the caller's memory until then. What is still
+    /// waiting is forgotten.
+    fn drop(&mut self) {
+        // A call that was started but not submitted must run as well, or its result would never come.
+        let mut broken = self.backend.submit().is_err();
+        while self.active() > 0 && !broken {
+            wait_readable(self.backend.event(), Duration::from_secs(1));
+            let mut results = std::mem::take(&mut self.results);
+            self.backend.reap(&mut results);
+            for (slot, _) in results.drain(..) {
+                if self.slots[slot as usize].take().is_some() {
+                    self.free.push(slot);
+                }
+            }
+            self.results = results;
+            broken = self.backend.submit().is_err();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
