@@ -1,12 +1,14 @@
 # shellcheck shell=bash
-# Kernel modules of an unpacked Debian kernel package, found and put into load order without installing anything.
+# What is in an unpacked Debian kernel package: the kernel, and its modules in load order. Nothing is installed.
 #
+#   extract_vmlinux VMLINUZ VMLINUX         the ELF image inside a bzImage: its PVH entry point spares an emulated processor
+#                                           the decompression
 #   kernel_version TREE                     its only kernel's version
 #   module_tree TREE VERSION                where its modules are (lib/modules in Debian 12, usr/lib/modules from 13 on)
 #   prune_modules TREE                      removes the drivers of hardware that virtual machines never have: 300 of 400 MB
 #   modules_in_order TREE VERSION NAME…     paths of the named modules and all they depend on, dependencies first, each once;
 #                                           names that are built in or unknown to this kernel are left out
-#   plain_module PATH [BUSYBOX]             the module's bytes, decompressed
+#   plain_module PATH                       the module's bytes, decompressed
 
 kernel_version() {
     local tree
@@ -75,9 +77,35 @@ module_name() {
 
 plain_module() {
     case $1 in
-        *.xz) "${2:-busybox}" xzcat "$1" ;;
-        *.gz) "${2:-busybox}" zcat "$1" ;;
+        *.xz) xz -dc "$1" ;;
+        *.gz) gzip -dc "$1" ;;
         *.zst) zstd -dcq "$1" ;;
         *) cat "$1" ;;
     esac
 }
+
+# The payload's place and length stand in the setup header (Documentation/arch/x86/boot.rst: setup_sects at 0x1f1,
+# payload_offset at 0x248, payload_length at 0x24c). After all but gzip data follow four bytes: the unpacked size.
+extract_vmlinux() {
+    local sectors offset length magic
+    [[ $(bytes "$1" $((0x202)) 4 c) == HdrS ]] || return 1
+    sectors=$(bytes "$1" $((0x1f1)) 1 u1)
+    offset=$(($(bytes "$1" $((0x248)) 4 u4) + (${sectors/#0/4} + 1) * 512))
+    length=$(bytes "$1" $((0x24c)) 4 u4)
+    magic=$(bytes "$1" "$offset" 4 x1)
+    local unpack
+    case $magic in
+        1f8b*) unpack=(gzip -dcq) length=$((length + 4)) ;;
+        fd377a58) unpack=(xz -dcq) ;;
+        28b52ffd) unpack=(zstd -dcq) ;;
+        02214c18) unpack=(lz4 -dcq) ;;
+        425a68*) unpack=(bzip2 -dcq) ;;
+        5d0000*) unpack=(xz --format=lzma -dcq) ;;
+        *) return 1 ;;
+    esac
+    dd if="$1" bs=1M iflag=skip_bytes,count_bytes skip="$offset" count=$((length - 4)) status=none | "${unpack[@]}" >"$2"
+    [[ $(bytes "$2" 0 4 x1) == 7f454c46 ]]
+}
+
+# bytes FILE OFFSET COUNT FORMAT(of od): without blanks.
+bytes() { od -A n -v -j "$2" -N "$3" -t "$4" "$1" | tr -d ' \n'; }
