@@ -1,0 +1,167 @@
+//! The two data queues of a port.
+
+use super::super::device::{ActiveQueue, Interrupt};
+use super::super::queue::{Chain, Violation, Virtqueue};
+use super::PortSpec;
+use super::control::Control;
+
+/// Chains handled in one call, so that a guest with tiny buffers cannot hold the caller.
+const CHAINS_PER_CALL: u16 = 256;
+
+/// One port: what it is, what has been said about it, and its data queues while the device is active.
+pub(super) struct Port {
+    pub(super) spec: PortSpec,
+    pub(super) control: Control,
+    /// Host to guest ("receiveq").
+    rx: Option<Virtqueue>,
+    /// Guest to host ("transmitq").
+    tx: Option<Virtqueue>,
+    /// The chain of `tx` that was read in part.
+    partial: Option<Chain>,
+}
+
+impl Port {
+    pub(super) fn new(spec: PortSpec) -> Self {
+        Self { spec, control: Control::new(), rx: None, tx: None, partial: None }
+    }
+
+    pub(super) fn activate(&mut self, mut queue: impl FnMut(ActiveQueue) -> Virtqueue, rx_tx: RxTx) {
+        let RxTx { rx, tx } = rx_tx;
+        self.rx = rx.map(&mut queue);
+        self.tx = tx.map(&mut queue);
+    }
+
+    /// Forgets the guest.
+    pub(super) fn reset(&mut self) {
+        let Self { spec: _, control, rx, tx, partial } = self;
+        control.reset();
+        *rx = None;
+        *tx = None;
+        *partial = None;
+    }
+
+    /// Whether there is anything to read.
+    pub(super) fn is_readable(&self) -> Result<bool, Violation> {
+        let waiting = self.tx.as_ref().map_or(Ok(false), Virtqueue::has_chains)?;
+        Ok(waiting || self.partial.is_some())
+    }
+
+    /// Whether there is room for anything to write.
+    pub(super) fn is_writable(&self) -> Result<bool, Violation> {
+        let room = self.rx.as_ref().map_or(Ok(false), Virtqueue::has_chains)?;
+        Ok(room && self.control.guest.is_open())
+    }
+
+    /// Rings the doorbell of the transmit queue.
+    pub(super) fn ring(&self) {
+        if let Some(tx) = &self.tx {
+            tx.ring();
+        }
+    }
+
+    /// Copies out what the guest has sent. 0 when there is nothing: then the doorbell will ring.
+    pub(super) fn read(&mut self, interrupt: &Interrupt, target: &mut [u8]) -> Result<usize, Violation> {
+        let mut done = 0;
+        self.consume(interrupt, |queue, chain| {
+            done += chain.readable.read(queue.memory(), &mut target[done..])?;
+            Ok(done < target.len())
+        })?;
+        Ok(done)
+    }
+
+    /// Throws away what the guest has sent, as far as one call goes: the doorbell rings for the rest.
+    pub(super) fn discard(&mut self, interrupt: &Interrupt) -> Result<(), Violation> {
+        let more = self.consume(interrupt, |_, chain| {
+            chain.readable = Default::default();
+            Ok(true)
+        })?;
+        if more {
+            self.ring();
+        }
+        Ok(())
+    }
+
+    /// Shows chains to `take` until it says that it has enough; a chain goes back to the guest when nothing is
+    /// left of it, and is kept otherwise. Returns whether there may be more.
+    fn consume(
+        &mut self,
+        interrupt: &Interrupt,
+        mut take: impl FnMut(&Virtqueue, &mut Chain) -> Result<bool, Violation>,
+    ) -> Result<bool, Violation> {
+        let Some(tx) = &mut self.tx else { return Ok(false) };
+        tx.disable_doorbell()?;
+        let mut wants = true;
+        let mut more = true;
+        let mut completed = false;
+        for _ in 0..CHAINS_PER_CALL {
+            if !wants {
+                break;
+            }
+            let next = match self.partial.take() {
+                Some(chain) => Some(chain),
+                None => tx.pop()?,
+            };
+            let Some(mut chain) = next else {
+                if tx.enable_doorbell()? {
+                    tx.disable_doorbell()?;
+                    continue;
+                }
+                more = false;
+                break;
+            };
+            if chain.writable.remaining() > 0 {
+                return Err(Violation::Protocol { reason: "a writable buffer in a transmit queue" });
+            }
+            wants = take(tx, &mut chain)?;
+            if chain.readable.remaining() == 0 {
+                tx.complete(chain.head, 0)?;
+                completed = true;
+            } else {
+                self.partial = Some(chain);
+            }
+        }
+        if completed {
+            tx.notify(interrupt)?;
+        }
+        Ok(more)
+    }
+
+    /// Copies `source` into the guest's buffers as far as it fits. 0 when there is no room: then the doorbell
+    /// will ring.
+    pub(super) fn write(&mut self, interrupt: &Interrupt, source: &[u8]) -> Result<usize, Violation> {
+        let Some(rx) = &mut self.rx else { return Ok(0) };
+        if !self.control.guest.is_open() {
+            return Ok(0);
+        }
+        rx.disable_doorbell()?;
+        let mut done = 0;
+        for _ in 0..CHAINS_PER_CALL {
+            if done == source.len() {
+                break;
+            }
+            let Some(mut chain) = rx.pop()? else {
+                if rx.enable_doorbell()? {
+                    rx.disable_doorbell()?;
+                    continue;
+                }
+                break;
+            };
+            if chain.readable.remaining() > 0 {
+                return Err(Violation::Protocol { reason: "a readable buffer in a receive queue" });
+            }
+            let before = chain.writable.remaining();
+            done += chain.writable.write(rx.memory(), &source[done..])?;
+            rx.complete(chain.head, before - chain.writable.remaining())?;
+        }
+        if done > 0 {
+            rx.notify(interrupt)?;
+        }
+        Ok(done)
+    }
+}
+
+/// The queues of a port as the driver has set them up.
+pub(super) struct RxTx {
+    pub(super) rx: Option<ActiveQueue>,
+    pub(super) tx: Option<ActiveQueue>,
+}
