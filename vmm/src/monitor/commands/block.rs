@@ -1,0 +1,116 @@
+//! The VM's disks.
+
+use protocol::Error;
+use serde_json::{Value, json};
+
+use super::super::schema::{EMPTY, Object, Type, optional, required};
+use super::super::vm::{DiskInfo, IoStatus};
+use super::{Call, Command};
+use crate::config::CacheMode;
+
+pub(super) const COMMANDS: &[Command] = &[
+    Command {
+        name: "query-block",
+        arguments: &EMPTY,
+        returns: Type::Array(&Type::Object(&BLOCK_INFO)),
+        run: |call| Ok(call.vm.disks().iter().map(block_info).collect()),
+    },
+    Command {
+        name: "query-named-block-nodes",
+        arguments: &QUERY_NODES,
+        returns: Type::Array(&Type::Object(&BLOCK_DEVICE_INFO)),
+        run: query_named_block_nodes,
+    },
+];
+
+/// `flat` leaves out backing chains, of which there are none.
+static QUERY_NODES: Object = Object::new(&[optional("flat", Type::Bool)]);
+static BLOCK_INFO: Object = Object::new(&[
+    required("device", Type::Str),
+    optional("qdev", Type::Str),
+    required("type", Type::Str),
+    required("removable", Type::Bool),
+    required("locked", Type::Bool),
+    optional("inserted", Type::Object(&BLOCK_DEVICE_INFO)),
+    optional("io-status", Type::Enum(&["ok", "failed", "nospace"])),
+]);
+static BLOCK_DEVICE_INFO: Object = Object::new(&[
+    required("file", Type::Str),
+    optional("node-name", Type::Str),
+    required("ro", Type::Bool),
+    required("drv", Type::Str),
+    required("backing_file_depth", Type::Int),
+    required("active", Type::Bool),
+    required("encrypted", Type::Bool),
+    required("detect_zeroes", Type::Enum(&["off", "on", "unmap"])),
+    required("bps", Type::Int),
+    required("bps_rd", Type::Int),
+    required("bps_wr", Type::Int),
+    required("iops", Type::Int),
+    required("iops_rd", Type::Int),
+    required("iops_wr", Type::Int),
+    required("image", Type::Object(&IMAGE_INFO)),
+    required("cache", Type::Object(&CACHE_INFO)),
+    required("write_threshold", Type::Int),
+]);
+static IMAGE_INFO: Object = Object::new(&[
+    required("filename", Type::Str),
+    required("format", Type::Str),
+    required("virtual-size", Type::Int),
+    optional("actual-size", Type::Int),
+]);
+static CACHE_INFO: Object = Object::new(&[
+    required("writeback", Type::Bool),
+    required("direct", Type::Bool),
+    required("no-flush", Type::Bool),
+]);
+
+fn query_named_block_nodes(call: &mut Call<'_>) -> Result<Value, Error> {
+    Ok(call.vm.disks().iter().map(block_device_info).collect())
+}
+
+fn block_info(disk: &DiskInfo) -> Value {
+    json!({
+        "device": disk.device,
+        "qdev": format!("/machine/peripheral/{}/virtio-backend", disk.device),
+        "type": "unknown",
+        "removable": false,
+        "locked": false,
+        "inserted": block_device_info(disk),
+        "io-status": match disk.io_status {
+            IoStatus::Ok => "ok",
+            IoStatus::Failed => "failed",
+            IoStatus::Nospace => "nospace",
+        },
+    })
+}
+
+fn block_device_info(disk: &DiskInfo) -> Value {
+    let mut image = json!({
+        "filename": disk.filename,
+        "format": "raw",
+        "virtual-size": disk.virtual_size,
+    });
+    if let Some(size) = disk.actual_size {
+        image["actual-size"] = size.into();
+    }
+    json!({
+        "file": disk.filename,
+        "node-name": disk.node_name,
+        "ro": disk.read_only,
+        "drv": "raw",
+        "backing_file_depth": 0,
+        "active": true,
+        "encrypted": false,
+        "detect_zeroes": "off",
+        "bps": 0, "bps_rd": 0, "bps_wr": 0,
+        "iops": 0, "iops_rd": 0, "iops_wr": 0,
+        "image": image,
+        "cache": {
+            "writeback": disk.cache != CacheMode::Writethrough,
+            "direct": disk.direct,
+            "no-flush": disk.cache == CacheMode::Unsafe,
+        },
+        "write_threshold": 0,
+    })
+}
