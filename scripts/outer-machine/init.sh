@@ -57,6 +57,9 @@ mkdir /sys/fs/cgroup/command
 mkdir -p /lib/modules # for modprobe
 "$busybox" mount -o bind "$(cat "$here/job/target")/with-kvm/linux/lib/modules" /lib/modules
 chmod 0666 /dev/kvm
+# What is written to target/ goes out within seconds, so that little is lost if the machine is ended from outside.
+echo 200 >/proc/sys/vm/dirty_expire_centisecs
+echo 100 >/proc/sys/vm/dirty_writeback_centisecs
 "$busybox" ip link set lo up
 "$busybox" hostname with-kvm
 

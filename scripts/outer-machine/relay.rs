@@ -18,6 +18,10 @@
 //!
 //! Only `std`, so that plain `rustc` builds it in two seconds; no unsafe code.
 #![deny(unsafe_code)]
+#![expect(
+    clippy::disallowed_types,
+    reason = "no crates here, hence no parking_lot; a panic aborts, so no lock is poisoned"
+)]
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
@@ -44,14 +48,21 @@ const STDERR: u8 = 2;
 const EXIT: u8 = 3;
 /// Guest to host: the command is about to start.
 const HELLO: u8 = 4;
+/// Host to guest: end the command now; `EXIT` follows as always.
+const STOP: u8 = 5;
 
 const HEADER: usize = 5;
 /// Largest payload: what a pipe holds.
 const CHUNK: usize = 64 * 1024;
 /// Longer than the slowest boot of the outer machine on a loaded host.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// How long the command's last output and `target/` may take after the time limit.
+const STOP_LIMIT: Duration = Duration::from_secs(20);
 /// How much of the outer machine's console belongs into an error message.
 const CONSOLE_TAIL: usize = 25;
+
+/// Ends all processes of the control group that holds the command.
+const COMMAND_KILL: &str = "/sys/fs/cgroup/command/cgroup.kill";
 
 /// Exit statuses of our own, as in timeout(1) and env(1).
 const TIMED_OUT: u8 = 124;
@@ -64,7 +75,9 @@ fn main() -> ExitCode {
     let result = match arguments.split_first() {
         Some((end, rest)) if end == "host" => host(rest),
         Some((end, [port, job])) if end == "guest" => guest(Path::new(port), Path::new(job)),
-        _ => Err(io::Error::other("usage: relay host RUN_DIRECTORY SECONDS QEMU… | relay guest PORT JOB_DIRECTORY")),
+        _ => Err(io::Error::other(
+            "usage: relay host RUN_DIRECTORY SECONDS QEMU… | relay guest PORT JOB_DIRECTORY",
+        )),
     };
     match result {
         Ok(status) => ExitCode::from(status),
@@ -144,7 +157,9 @@ fn host(arguments: &[OsString]) -> io::Result<u8> {
         .spawn()?;
 
     let (news, arrived) = mpsc::channel();
-    thread::spawn(move || relay_output(port, &news));
+    let to_guest = Sink::new(File::from(OwnedFd::from(port.try_clone()?)));
+    let stop = to_guest.clone();
+    thread::spawn(move || relay_output(port, &to_guest, &news));
 
     let outcome = (|| {
         match arrived.recv_timeout(BOOT_LIMIT.min(limit)) {
@@ -159,8 +174,14 @@ fn host(arguments: &[OsString]) -> io::Result<u8> {
         }
         match arrived.recv_timeout(limit.saturating_sub(begin.elapsed())) {
             Ok(News::Exit(status)) => Ok(status),
-            Err(RecvTimeoutError::Timeout) => Ok(timed_out(limit)),
-            Ok(News::Started | News::Gone) | Err(RecvTimeoutError::Disconnected) => Err("The outer machine died"),
+            Err(RecvTimeoutError::Timeout) => {
+                thread::spawn(move || stop.send(STOP, &[])); // not here: a stuck guest does not read
+                let _ = arrived.recv_timeout(STOP_LIMIT);
+                Ok(timed_out(limit))
+            }
+            Ok(News::Started | News::Gone) | Err(RecvTimeoutError::Disconnected) => {
+                Err("The outer machine died")
+            }
         }
     })();
     machine.kill()?;
@@ -177,18 +198,15 @@ fn timed_out(limit: Duration) -> u8 {
 }
 
 /// Copies frames to stdout and stderr until the exit status or the end.
-fn relay_output(mut port: UnixStream, news: &Sender<News>) {
+fn relay_output(mut port: UnixStream, to_guest: &Sink, news: &Sender<News>) {
     // A receiver that left has made up its mind already: what is told to it then does not matter.
-    let (Ok(to_guest), Ok(mut out), Ok(mut err)) =
-        (port.try_clone(), duplicate(&io::stdout()), duplicate(&io::stderr()))
-    else {
+    let (Ok(mut out), Ok(mut err)) = (duplicate(&io::stdout()), duplicate(&io::stderr())) else {
         let _ = news.send(News::Gone);
         return;
     };
-    let to_guest = Sink::new(File::from(OwnedFd::from(to_guest)));
     let mut payload = Vec::new();
     loop {
-        let reader_left = match receive(&mut port, &mut payload) {
+        let broken = match receive(&mut port, &mut payload) {
             Ok(HELLO) => {
                 let to_guest = to_guest.clone();
                 thread::spawn(move || relay_input(&to_guest));
@@ -199,14 +217,17 @@ fn relay_output(mut port: UnixStream, news: &Sender<News>) {
                 let _ = news.send(News::Exit(payload.first().copied().unwrap_or(MACHINE_FAILED)));
                 return;
             }
-            Ok(STDOUT) => write_patiently(&mut out, &payload).is_err().then_some(STDOUT),
-            Ok(STDERR) => write_patiently(&mut err, &payload).is_err().then_some(STDERR),
+            Ok(STDOUT) => write_patiently(&mut out, &payload).err().map(|error| (STDOUT, error)),
+            Ok(STDERR) => write_patiently(&mut err, &payload).err().map(|error| (STDERR, error)),
             Ok(_) | Err(_) => {
                 let _ = news.send(News::Gone);
                 return;
             }
         };
-        if let Some(stream) = reader_left {
+        if let Some((stream, error)) = broken {
+            if error.kind() != io::ErrorKind::BrokenPipe {
+                let _ = writeln!(io::stderr(), "with-kvm: cannot write the command's output: {error}");
+            }
             let _ = to_guest.send(stream, &[]);
         }
     }
@@ -243,7 +264,9 @@ fn write_patiently(file: &mut File, mut bytes: &[u8]) -> io::Result<()> {
         match file.write(bytes) {
             Ok(written) => bytes = &bytes[written..],
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(Duration::from_millis(5)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                thread::sleep(Duration::from_millis(5));
+            }
             Err(error) => return Err(error),
         }
     }
@@ -257,9 +280,12 @@ fn report_failure(what: &str, run: &Path) {
         let text = fs::read(run.join(file)).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<&str> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
+        // A panic says first what is wrong, and then much else.
+        let panic = lines.iter().rposition(|line| line.contains("Kernel panic"));
+        let from = panic.unwrap_or(lines.len().saturating_sub(CONSOLE_TAIL));
         if !lines.is_empty() {
             eprintln!("with-kvm: {title}:");
-            lines[lines.len().saturating_sub(CONSOLE_TAIL)..].iter().for_each(|line| eprintln!("  {line}"));
+            lines[from..].iter().take(CONSOLE_TAIL).for_each(|line| eprintln!("  {line}"));
         }
     }
 }
@@ -303,7 +329,17 @@ fn start(job: &Path) -> Result<Child, (u8, String)> {
     let mut command = Command::new("/bin/sh");
     command.args(["-c", "echo 0 >/sys/fs/cgroup/command/cgroup.procs && exec \"$@\"", "with-kvm"]);
     if uid != "0" {
-        command.args(["setpriv", "--reuid", uid, "--regid", gid, "--groups", groups, "--inh-caps=-all", "--"]);
+        command.args([
+            "setpriv",
+            "--reuid",
+            uid,
+            "--regid",
+            gid,
+            "--groups",
+            groups,
+            "--inh-caps=-all",
+            "--",
+        ]);
     }
     let program = argv.first().ok_or_else(|| failed(io::Error::other("empty argv")))?;
     let environ: Vec<(OsString, OsString)> = environ.iter().filter_map(|entry| variable(entry)).collect();
@@ -325,7 +361,9 @@ fn executable(program: &OsStr, path: Option<&OsStr>, directory: &OsStr) -> Resul
     let candidates: Vec<_> = if program.as_bytes().contains(&b'/') {
         vec![Path::new(directory).join(program_path)]
     } else {
-        std::env::split_paths(path.unwrap_or(OsStr::new("/usr/bin:/bin"))).map(|dir| dir.join(program_path)).collect()
+        std::env::split_paths(path.unwrap_or(OsStr::new("/usr/bin:/bin")))
+            .map(|dir| dir.join(program_path))
+            .collect()
     };
     let mut problem = (NOT_FOUND, "command not found");
     for candidate in candidates {
@@ -365,6 +403,7 @@ fn attend(mut child: Child, mut port: File, to_host: &Sink) -> io::Result<u8> {
                 STDIN => stdin = stdin.take().filter(|pipe| (&*pipe).write_all(&payload).is_ok()),
                 STDOUT => out_left.store(true, Ordering::Relaxed),
                 STDERR => err_left.store(true, Ordering::Relaxed),
+                STOP => drop(fs::write(COMMAND_KILL, "1")),
                 _ => return,
             }
         }
@@ -373,7 +412,7 @@ fn attend(mut child: Child, mut port: File, to_host: &Sink) -> io::Result<u8> {
     let status = child.wait()?;
     // The command's end is the end, as it is for a shell: what it left behind in the background goes too, and with it
     // the last writers of the pipes.
-    fs::write("/sys/fs/cgroup/command/cgroup.kill", "1")?;
+    fs::write(COMMAND_KILL, "1")?;
     for writer in writers {
         let _ = writer.join();
     }
