@@ -18,6 +18,7 @@
 
 pub mod bus;
 pub mod irq;
+pub mod legacy;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod virtio;
