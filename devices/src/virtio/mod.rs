@@ -11,3 +11,4 @@ pub mod console;
 pub mod device;
 pub mod mmio;
 pub mod queue;
+pub mod rng;

@@ -307,13 +307,13 @@ impl Virtqueue {
     ///
     /// # Errors
     ///
-    /// The first [`Violation`], the queue's or `handle`'s.
-    pub fn serve(
+    /// The first [`Violation`] of the queue, or error of `handle`.
+    pub fn serve<E: From<Violation>>(
         &mut self,
         budget: u16,
         interrupt: &Interrupt,
-        mut handle: impl FnMut(&mut Self, Chain) -> Result<(), Violation>,
-    ) -> Result<Served, Violation> {
+        mut handle: impl FnMut(&mut Self, Chain) -> Result<(), E>,
+    ) -> Result<Served, E> {
         self.disable_doorbell()?;
         for _ in 0..budget {
             match self.pop()? {
@@ -476,7 +476,7 @@ mod tests {
 
     /// Serves like a device that upper-cases.
     fn shout(rig: &mut Rig, budget: u16) -> Served {
-        let serve = |queue: &mut Virtqueue, mut chain: Chain| {
+        let serve = |queue: &mut Virtqueue, mut chain: Chain| -> Result<(), Violation> {
             let mut text = vec![0; chain.readable.remaining() as usize];
             chain.readable.read(&queue.memory, &mut text)?;
             text.make_ascii_uppercase();
@@ -742,7 +742,7 @@ mod tests {
                 rig.driver.publish(0, random.below(SIZE + 1));
             }
             let mut sink = [0; 512];
-            let serve = |queue: &mut Virtqueue, mut chain: Chain| {
+            let serve = |queue: &mut Virtqueue, mut chain: Chain| -> Result<(), Violation> {
                 while chain.readable.read(&queue.memory, &mut sink)? > 0 {}
                 let written = chain.writable.write(&queue.memory, &sink)?;
                 queue.complete(chain.head, u32::try_from(written).unwrap())
