@@ -3,28 +3,18 @@
 #
 #   extract_vmlinux VMLINUZ VMLINUX         the ELF image inside a bzImage: its PVH entry point spares an emulated processor
 #                                           the decompression
-#   kernel_version TREE                     its only kernel's version
-#   module_tree TREE VERSION                where its modules are (lib/modules in Debian 12, usr/lib/modules from 13 on)
+#   module_tree TREE                        where its only kernel's modules are: TREE/lib/modules/VERSION, or below usr/
 #   prune_modules TREE                      removes the drivers of hardware that virtual machines never have: 300 of 400 MB
-#   modules_in_order TREE VERSION NAME…     paths of the named modules and all they depend on, dependencies first, each once;
-#                                           names that are built in or unknown to this kernel are left out
+#   index_modules TREE                      writes modules.dep and the other indices
+#   modules_in_order MODULES NAME…          paths, below the directory MODULES with its modules.dep, of the named modules and
+#                                           all they depend on, dependencies first, each once; names that are built in or
+#                                           unknown to this kernel are left out
 #   plain_module PATH                       the module's bytes, decompressed
-
-kernel_version() {
-    local tree
-    for tree in "$1"/lib/modules/* "$1"/usr/lib/modules/*; do
-        if [[ -d $tree ]]; then
-            basename "$tree"
-            return
-        fi
-    done
-    return 1
-}
 
 module_tree() {
     local tree
-    for tree in "$1/lib/modules/$2" "$1/usr/lib/modules/$2"; do
-        if [[ -d $tree ]]; then
+    for tree in "$1"/lib/modules/* "$1"/usr/lib/modules/*; do
+        if [[ -d $tree/kernel ]]; then
             printf '%s\n' "$tree"
             return
         fi
@@ -32,30 +22,33 @@ module_tree() {
     return 1
 }
 
+index_modules() {
+    [[ -e $1/lib ]] || ln -s usr/lib "$1/lib" # where depmod looks; packages from Debian 13 on have usr/ alone
+    depmod -b "$1" "$(basename "$(module_tree "$1")")"
+}
+
 prune_modules() {
     local kernel
-    kernel=$(module_tree "$1" "$(kernel_version "$1")")/kernel
+    kernel=$(module_tree "$1")/kernel
     find "$kernel" -mindepth 1 -maxdepth 1 ! -name arch ! -name crypto ! -name drivers ! -name fs ! -name lib ! -name mm \
         ! -name net ! -name virt -exec rm -rf {} +
     find "$kernel/drivers" -mindepth 1 -maxdepth 1 ! -name acpi ! -name block ! -name char ! -name crypto ! -name dax \
         ! -name input ! -name md ! -name misc ! -name net ! -name nvdimm ! -name platform ! -name vhost ! -name virtio \
         -exec rm -rf {} +
     find "$kernel/drivers/net" -mindepth 1 -maxdepth 1 -type d -exec rm -rf {} +
-    [[ ! -e $1/usr/lib/modules ]] || [[ -e $1/lib ]] || ln -s usr/lib "$1/lib" # where depmod looks
 }
 
 declare -gA module_path=() module_dependencies=() module_done=()
 
 modules_in_order() {
-    local tree path dependencies name
-    tree=$(module_tree "$1" "$2")
+    local tree=$1 path dependencies name
     module_path=() module_dependencies=() module_done=()
     while IFS=: read -r path dependencies; do
         name=$(module_name "$path")
-        module_path[$name]=$tree/$path
+        module_path[$name]=$path
         module_dependencies[$name]=$dependencies
     done <"$tree/modules.dep"
-    shift 2
+    shift
     for name; do module_visit "$name"; done
 }
 

@@ -29,19 +29,19 @@ newc_pad() {
 }
 
 # newc_dir NAME MODE
-newc_dir() { newc_entry "$1" "04$(printf '%04d' "$2")" 0 0 0; }
+newc_dir() { newc_entry "$1" $((40000 + 10#$2)) 0 0 0; }
 
 # newc_node NAME MODE c|b MAJOR MINOR
 newc_node() {
-    local type=02
-    [[ $3 == b ]] && type=06
-    newc_entry "$1" "$type$(printf '%04d' "$2")" 0 "$4" "$5"
+    local type=20000
+    if [[ $3 == b ]]; then type=60000; fi
+    newc_entry "$1" $((type + 10#$2)) 0 "$4" "$5"
 }
 
 # newc_link NAME TARGET
 newc_link() {
     local LC_ALL=C
-    newc_entry "$1" 0120777 ${#2} 0 0
+    newc_entry "$1" 120777 ${#2} 0 0
     printf '%s' "$2"
     newc_pad ${#2}
 }
@@ -50,7 +50,7 @@ newc_link() {
 newc_file() {
     local size
     size=$(stat -Lc %s "$3")
-    newc_entry "$1" "10$(printf '%04d' "$2")" "$size" 0 0
+    newc_entry "$1" $((100000 + 10#$2)) "$size" 0 0
     cat "$3"
     newc_pad "$size"
 }

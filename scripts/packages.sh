@@ -6,7 +6,8 @@
 #   install_needed                  installs what was noted, if root or passwordless sudo allows; else says how to
 #
 #   unpack_package PACKAGE DIR      fetches PACKAGE (or the package it stands for: linux-image-amd64) with apt-get, without
-#                                   installing it and without root, and unpacks it into DIR
+#                                   installing it and without root, and unpacks it into DIR; its name and version then
+#                                   stand in DIR/PACKAGE.package
 #
 # All messages go to stderr. Works as root and as any user; nothing happens where nothing is missing.
 
@@ -95,5 +96,6 @@ unpack_package() {
         { rm -rf "$scratch"; die "cannot fetch $real: see the messages above; 'apt-get update' may help"; }
     deb=$(find "$scratch" -name '*.deb')
     dpkg-deb -x "$deb" "$directory" || { rm -rf "$scratch"; die "cannot unpack $deb"; }
+    dpkg-deb -f "$deb" Package Version | sed 's/^[A-Z][a-z]*: //' | paste -sd ' ' >"$directory/$package.package"
     rm -rf "$scratch"
 }

@@ -36,7 +36,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Host to guest: bytes for the command's stdin; an empty frame is the end of it.
 const STDIN: u8 = 0;
@@ -54,6 +54,9 @@ const STOP: u8 = 5;
 const HEADER: usize = 5;
 /// Largest payload: what a pipe holds.
 const CHUNK: usize = 64 * 1024;
+/// Host to guest, in answer to `HELLO`: the time, as `@SECONDS.FRACTION`. The clock chip only has whole seconds.
+const CLOCK: u8 = 6;
+
 /// Longer than the slowest boot of the outer machine on a loaded host.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// How long the command's last output and `target/` may take after the time limit.
@@ -208,6 +211,9 @@ fn relay_output(mut port: UnixStream, to_guest: &Sink, news: &Sender<News>) {
     loop {
         let broken = match receive(&mut port, &mut payload) {
             Ok(HELLO) => {
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                let _ =
+                    to_guest.send(CLOCK, format!("@{}.{:09}", now.as_secs(), now.subsec_nanos()).as_bytes());
                 let to_guest = to_guest.clone();
                 thread::spawn(move || relay_input(&to_guest));
                 let _ = news.send(News::Started);
@@ -297,9 +303,12 @@ fn report_failure(what: &str, run: &Path) {
 /// `job` holds `argv`, `environ` (both NUL-terminated strings), `directory` and `ids` (uid, gid, groups); the
 /// control group `command` in `/sys/fs/cgroup` is there to hold the command and everything it starts.
 fn guest(port: &Path, job: &Path) -> io::Result<u8> {
-    let port = OpenOptions::new().read(true).write(true).open(port)?;
+    let mut port = OpenOptions::new().read(true).write(true).open(port)?;
     let to_host = Sink::new(port.try_clone()?);
     to_host.send(HELLO, &[])?; // waits until the host end is connected
+    let mut clock = Vec::new();
+    receive(&mut port, &mut clock)?;
+    Command::new("date").arg("-s").arg(OsStr::from_bytes(&clock)).stdout(Stdio::null()).status()?;
 
     let status = match start(job) {
         Ok(child) => attend(child, port, &to_host)?,
