@@ -1,0 +1,49 @@
+//! guest-fsfreeze-freeze, -thaw and -status; the engine is in [`crate::freeze`].
+
+use protocol::{Args, Error};
+use serde_json::Value;
+
+use super::errno_text;
+use crate::dispatch::Guest;
+use crate::freeze::FreezeError;
+use crate::log;
+
+/// Freezes everything that can be frozen; returns the number of filesystems.
+pub(crate) fn freeze(guest: &mut Guest, args: Args) -> Result<Value, Error> {
+    args.finish()?;
+    // From here on nothing may wait for a disk.
+    log::hold();
+    let frozen = guest.freezer.freeze();
+    if !guest.freezer.is_frozen() {
+        log::release();
+    }
+    frozen.map(Value::from).map_err(|error| reply(&error))
+}
+
+/// Thaws everything, whoever froze it; returns the number of filesystems.
+pub(crate) fn thaw(guest: &mut Guest, args: Args) -> Result<Value, Error> {
+    args.finish()?;
+    thaw_now(guest).map(Value::from).map_err(|error| reply(&error))
+}
+
+pub(crate) fn thaw_now(guest: &mut Guest) -> Result<u64, FreezeError> {
+    let thawed = guest.freezer.thaw();
+    if !guest.freezer.is_frozen() {
+        log::release();
+    }
+    thawed
+}
+
+/// `frozen` or `thawed`, as far as the agent knows.
+pub(crate) fn status(guest: &mut Guest, args: Args) -> Result<Value, Error> {
+    args.finish()?;
+    Ok(if guest.freezer.is_frozen() { "frozen" } else { "thawed" }.into())
+}
+
+fn reply(error: &FreezeError) -> Error {
+    let text = match std::error::Error::source(error).and_then(|source| source.downcast_ref()) {
+        Some(source) => format!("{error}: {}", errno_text(source)),
+        None => error.to_string(),
+    };
+    Error::generic(text)
+}

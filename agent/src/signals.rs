@@ -1,0 +1,57 @@
+//! Signals as a descriptor, so that they take their turn in the one loop.
+#![expect(unsafe_code, reason = "neither std nor rustix has sigprocmask and signalfd")]
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// A signalfd for a set of blocked signals.
+#[derive(Debug)]
+pub(crate) struct Signals {
+    fd: OwnedFd,
+}
+
+impl Signals {
+    /// Blocks these signals in the calling thread, which must be the only one, and collects them in
+    /// a descriptor. Children start with nothing blocked: `std::process::Command` sees to it.
+    pub(crate) fn block(numbers: &[libc::c_int]) -> io::Result<Self> {
+        let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: sigemptyset initializes the set it is given, and the other calls read or change
+        // that initialized set only. The numbers are valid signals, else the calls fail harmlessly.
+        let fd = unsafe {
+            libc::sigemptyset(set.as_mut_ptr());
+            for &number in numbers {
+                libc::sigaddset(set.as_mut_ptr(), number);
+            }
+            if libc::sigprocmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut()) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            libc::signalfd(-1, set.as_ptr(), libc::SFD_NONBLOCK | libc::SFD_CLOEXEC)
+        };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor was just made and nobody else owns it.
+        Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
+    }
+
+    /// The next signal that arrived, if any.
+    pub(crate) fn next(&self) -> Option<libc::c_int> {
+        let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
+        let size = size_of::<libc::signalfd_siginfo>();
+        // SAFETY: the buffer is writable for the given size.
+        let read = unsafe { libc::read(self.fd.as_raw_fd(), info.as_mut_ptr().cast(), size) };
+        if usize::try_from(read) != Ok(size) {
+            return None;
+        }
+        // SAFETY: the kernel filled the whole structure.
+        let info = unsafe { info.assume_init() };
+        libc::c_int::try_from(info.ssi_signo).ok()
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}

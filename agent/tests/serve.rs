@@ -1,0 +1,514 @@
+//! The agent as a process, over its unix socket. Nothing here freezes: the machine is a real one.
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::Shutdown;
+    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::net::UnixStream;
+    use std::path::{Path, PathBuf};
+    use std::process::{Child, Command, Stdio};
+    use std::time::{Duration, Instant};
+
+    use base64::Engine as _;
+    use protocol::{Decoder, Handshake, Item, Limits, Progress, encode};
+    use serde_json::{Value, json};
+
+    const RECORDED: &str = include_str!("../protocol/tests/data/wire.txt");
+    const RECORDED_FILES: &str = include_str!("data/files.txt");
+    /// Longest wait for anything; the machine may be slow.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    struct Agent {
+        process: Child,
+        directory: tempfile::TempDir,
+    }
+
+    impl Agent {
+        fn start() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let process = Self::spawn(directory.path());
+            Self { process, directory }
+        }
+
+        fn spawn(directory: &Path) -> Child {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_tarn-agent"));
+            command.args(["-m", "unix-listen", "-p", "sock", "-t", "."]).current_dir(directory);
+            let process = command.stderr(Stdio::null()).spawn().unwrap();
+            let deadline = Instant::now() + PATIENCE;
+            while UnixStream::connect(directory.join("sock")).is_err() {
+                assert!(Instant::now() < deadline, "the agent does not listen");
+                std::thread::yield_now();
+            }
+            process
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.directory.path().join(name)
+        }
+
+        fn client(&self) -> Client {
+            let stream = UnixStream::connect(self.path("sock")).unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            Client { stream, decoder: Decoder::new(Limits::AGENT) }
+        }
+
+        fn signal(&self, signal: &str) {
+            let pid = self.process.id().to_string();
+            assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+        }
+
+        fn restart(&mut self) {
+            self.process.kill().unwrap();
+            self.process.wait().unwrap();
+            self.process = Self::spawn(self.directory.path());
+        }
+
+        /// Processor time used so far, in clock ticks (proc(5), `/proc/PID/stat`, utime and stime).
+        fn ticks(&self) -> u64 {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.process.id())).unwrap();
+            let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+            fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+        }
+    }
+
+    impl Drop for Agent {
+        fn drop(&mut self) {
+            let _ = self.process.kill();
+            let _ = self.process.wait();
+        }
+    }
+
+    struct Client {
+        stream: UnixStream,
+        decoder: Decoder,
+    }
+
+    impl Client {
+        fn item(&mut self) -> Item {
+            loop {
+                if let Some(item) = self.decoder.next_item() {
+                    return item;
+                }
+                let mut chunk = [0; 64 << 10];
+                let count = self.stream.read(&mut chunk).expect("a reply in time");
+                assert!(count > 0, "the agent hung up");
+                self.decoder.feed(&chunk[..count]);
+            }
+        }
+
+        fn reply(&mut self) -> Value {
+            match self.item() {
+                Item::Value(value) => value,
+                other => panic!("{other:?}"),
+            }
+        }
+
+        fn ask(&mut self, execute: &str, arguments: &Value) -> Value {
+            let request = json!({"execute": execute, "arguments": arguments});
+            self.stream.write_all(encode(&request).as_bytes()).unwrap();
+            self.reply()
+        }
+
+        fn result(&mut self, execute: &str, arguments: &Value) -> Value {
+            let reply = self.ask(execute, arguments);
+            reply.get("return").unwrap_or_else(|| panic!("{execute}: {reply}")).clone()
+        }
+
+        fn ping(&mut self) {
+            assert_eq!(self.result("guest-ping", &json!({})), json!({}));
+        }
+
+        fn desc(&mut self, execute: &str, arguments: &Value) -> String {
+            let reply = self.ask(execute, arguments);
+            reply
+                .pointer("/error/desc")
+                .and_then(Value::as_str)
+                .unwrap_or_else(|| panic!("{reply}"))
+                .to_owned()
+        }
+
+        /// Runs a command to its end and gives back its status.
+        fn run(&mut self, arguments: &Value) -> Value {
+            let pid = self.result("guest-exec", arguments)["pid"].clone();
+            self.finish(&pid)
+        }
+
+        /// Asks for a status until there is one; the protocol has no other way.
+        fn finish(&mut self, pid: &Value) -> Value {
+            let deadline = Instant::now() + PATIENCE;
+            loop {
+                let status = self.result("guest-exec-status", &json!({"pid": pid}));
+                if status["exited"] == true {
+                    let again = self.ask("guest-exec-status", &json!({"pid": pid}));
+                    assert_eq!(again["error"]["class"], "GenericError", "the report is given once");
+                    return status;
+                }
+                assert!(Instant::now() < deadline, "{pid} does not end");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+    }
+
+    fn shell(script: &str) -> Value {
+        json!({"path": "/bin/sh", "arg": ["-c", script], "capture-output": true})
+    }
+
+    fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !condition() {
+            assert!(Instant::now() < deadline, "{what}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn unescape(text: &str) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let mut rest = text.bytes();
+        while let Some(byte) = rest.next() {
+            let escaped = (byte == b'\\').then(|| rest.next().unwrap());
+            bytes.push(match escaped {
+                None => byte,
+                Some(b'n') => b'\n',
+                Some(b'r') => b'\r',
+                Some(b't') => b'\t',
+                Some(b'x') => {
+                    let digits = [rest.next().unwrap(), rest.next().unwrap()];
+                    u8::from_str_radix(std::str::from_utf8(&digits).unwrap(), 16).unwrap()
+                }
+                Some(other) => other,
+            });
+        }
+        bytes
+    }
+
+    /// Whether 0xFF comes first, and the reply.
+    fn split_mark(line: &[u8]) -> (bool, Value) {
+        match line {
+            [0xFF, json @ ..] => (true, serde_json::from_slice(json).unwrap()),
+            json => (false, serde_json::from_slice(json).unwrap()),
+        }
+    }
+
+    #[test]
+    fn recorded_dialogues_get_the_recorded_replies() {
+        let agent = Agent::start();
+        let dialogues: Vec<&str> =
+            RECORDED.split("\n\n").filter(|dialogue| dialogue.starts_with("> ")).collect();
+        assert!(dialogues.len() > 90);
+        for dialogue in dialogues {
+            let mut lines = dialogue.lines();
+            let request = unescape(lines.next().unwrap().strip_prefix("> ").unwrap());
+            let mut client = agent.client();
+            client.stream.write_all(&request).unwrap();
+            client.stream.shutdown(Shutdown::Write).unwrap();
+            let mut replies = Vec::new();
+            client.stream.read_to_end(&mut replies).unwrap();
+            let mut replies = replies.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
+            for expected in lines {
+                let reply = replies.next().unwrap_or_else(|| panic!("{dialogue}: no reply"));
+                if expected == "!" {
+                    assert_eq!(split_mark(reply).1["error"]["class"], "GenericError", "{dialogue}");
+                    continue;
+                }
+                let expected = unescape(expected.strip_prefix("< ").unwrap());
+                assert_eq!(split_mark(reply), split_mark(&expected), "{dialogue}");
+            }
+            assert_eq!(replies.next(), None, "{dialogue}: too many replies");
+        }
+    }
+
+    #[test]
+    fn a_client_gets_in_step_whatever_it_finds() {
+        let agent = Agent::start();
+        let mut client = agent.client();
+        client.stream.write_all(b"{\"execute\":\"guest-pi").unwrap();
+        let mut handshake = Handshake::new(42);
+        client.stream.write_all(&handshake.request()).unwrap();
+        while handshake.on(&client.item()) == Progress::Pending {}
+        client.ping();
+    }
+
+    #[test]
+    fn pipelined_requests_are_answered_in_order() {
+        let agent = Agent::start();
+        let mut client = agent.client();
+        let request = |id| format!("{{'execute':'guest-sync','arguments':{{'id':{id}}}}}");
+        let requests: String = (0..2000).map(request).collect();
+        client.stream.write_all(requests.as_bytes()).unwrap();
+        for id in 0..2000 {
+            assert_eq!(client.reply(), json!({"return": id}));
+        }
+    }
+
+    #[test]
+    fn the_next_client_starts_afresh_when_the_former_has_left() {
+        let agent = Agent::start();
+        let mut first = agent.client();
+        first.ping();
+        let mut second = agent.client();
+        second.stream.write_all(b"{'execute':'guest-ping','id':2}").unwrap();
+        first.stream.write_all(b"{'execute':").unwrap();
+        drop(first);
+        assert_eq!(second.reply(), json!({"return": {}, "id": 2}));
+    }
+
+    #[test]
+    fn guest_info_lists_every_command_and_what_it_answers() {
+        let agent = Agent::start();
+        let info = agent.client().result("guest-info", &json!({}));
+        let commands = info["supported_commands"].as_array().unwrap();
+        let named = |name: &str| commands.iter().find(|command| command["name"] == name).unwrap();
+        assert_eq!(named("guest-shutdown")["success-response"], false);
+        assert_eq!(named("guest-ping")["success-response"], true);
+        assert!(commands.iter().all(|command| command["enabled"] == true));
+        assert!(info["version"].is_string());
+    }
+
+    #[test]
+    fn facts_about_the_guest_are_given() {
+        let agent = Agent::start();
+        let mut client = agent.client();
+        let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+        assert_eq!(client.result("guest-get-host-name", &json!({})), json!({"host-name": name.trim()}));
+        assert_eq!(client.result("guest-get-osinfo", &json!({}))["machine"], std::env::consts::ARCH);
+        assert!(client.result("guest-get-time", &json!({})).as_i64().unwrap() > 1_700_000_000_000_000_000);
+        assert_eq!(client.result("guest-fsfreeze-status", &json!({})), "thawed");
+    }
+
+    #[test]
+    fn files_behave_as_recorded() {
+        let agent = Agent::start();
+        let mut client = agent.client();
+        let mut lines = RECORDED_FILES.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+        while let Some(request) = lines.next() {
+            let (verb, arguments) = request.strip_prefix("> ").unwrap().split_once(' ').unwrap();
+            let arguments = serde_json::from_str(arguments).unwrap();
+            let expected: Value =
+                serde_json::from_str(lines.next().unwrap().strip_prefix("< ").unwrap()).unwrap();
+            let reply = client.ask(&format!("guest-file-{verb}"), &arguments);
+            assert_eq!(reply, expected, "{request}");
+        }
+        let mode = std::fs::metadata(agent.path("foo")).unwrap().mode();
+        assert_eq!(mode, 0o100_666, "whatever the umask");
+        assert_eq!(std::fs::read_to_string(agent.path("qga.state")).unwrap(), "[global]\nfd_counter=1004\n");
+    }
+
+    #[test]
+    fn fifos_never_block_the_agent() {
+        let agent = Agent::start();
+        let mut client = agent.client();
+        assert!(Command::new("mkfifo").arg(agent.path("ff")).status().unwrap().success());
+        assert_eq!(
+            client.desc("guest-file-open", &json!({"path": "ff", "mode": "w"})),
+            "failed to open file 'ff' (mode: 'w'): No such device or address"
+        );
+        let reader = client.result("guest-file-open", &json!({"path": "ff"}));
+        assert_eq!(client.result("guest-file-read", &json!({"handle": reader}))["eof"], true);
+        let writer = client.result("guest-file-open", &json!({"path": "ff", "mode": "w"}));
+        let again = "failed to read file: Resource temporarily unavailable";
+        assert_eq!(client.desc("guest-file-read", &json!({"handle": reader})), again);
+        let written = client.result("guest-file-write", &json!({"handle": writer, "buf-b64": "YWJj"}));
+        assert_eq!(written, json!({"count": 3, "eof": false}));
+        assert_eq!(client.result("guest-file-read", &json!({"handle": reader}))["buf-b64"], "YWJj");
+        let seek = json!({"handle": reader, "offset": 0, "whence": 0});
+        assert_eq!(client.desc("guest-file-seek", &seek), "failed to seek file: Illegal seek");
+    }
+
+    #[test]
+    fn handles_are_not_given_twice_even_after_a_crash() {
+        let mut agent = Agent::start();
+        assert_eq!(agent.client().result("guest-file-open", &json!({"path": "/dev/null"})), 1000);
+        agent.restart();
+        assert_eq!(agent.client().result("guest-file-open", &json!({"path": "/dev/null"})), 1001);
+    }
+
+    #[test]
+    fn commands_report_their_status_as_recorded() {
+        let agent = Agent::start();
+        let mut client = agent.client();
+        let success = || json!({"exitcode": 0, "exited": true});
+        let captured =
+            |data: &str| json!({"exitcode": 0, "out-data": data, "out-truncated": false, "exited": true});
+        let cases = [
+            (json!({"path": "true"}), success()),
+            (json!({"path": "false"}), json!({"exitcode": 1, "exited": true})),
+            (shell("kill -9 $$"), json!({"signal": 9, "exited": true})),
+            (shell("exit 0"), success()),
+            (
+                shell("echo out; echo err >&2; exit 3"),
+                json!({"exitcode": 3, "err-data": "ZXJyCg==", "out-data": "b3V0Cg==", "err-truncated": false,
+                    "out-truncated": false, "exited": true}),
+            ),
+            (
+                json!({"path": "/bin/cat", "capture-output": true, "input-data": "aGVsbG8="}),
+                captured("aGVsbG8="),
+            ),
+            (json!({"path": "/bin/cat", "capture-output": true}), success()),
+            (
+                json!({"path": "env", "env": ["A=b", "C=d e"], "capture-output": true}),
+                captured("QT1iCkM9ZCBlCg=="),
+            ),
+            (json!({"path": "env", "env": [], "capture-output": true}), success()),
+        ];
+        for (arguments, expected) in cases {
+            assert_eq!(client.run(&arguments), expected, "{arguments}");
+        }
+    }
+
+    #[test]
+    fn each_capture_mode_takes_what_it_says() {
+        let agent = Agent::start();
+        let mut client = agent.client();
+        for (mode, out, err) in [
+            (json!(false), None, None),
+            (json!("none"), None, None),
+            (json!("stdout"), Some("b3V0Cg=="), None),
+            (json!("stderr"), None, Some("ZXJyCg==")),
+            (json!("separated"), Some("b3V0Cg=="), Some("ZXJyCg==")),
+            (json!("merged"), Some("b3V0CmVycgo="), None),
+        ] {
+            let mut arguments = shell("echo out; echo err >&2");
+            arguments["capture-output"] = mode.clone();
+            let status = client.run(&arguments);
+            assert_eq!(status.get("out-data").and_then(Value::as_str), out, "{mode}");
+            assert_eq!(status.get("err-data").and_then(Value::as_str), err, "{mode}");
+            assert_eq!(status.get("out-truncated").is_some(), out.is_some(), "{mode}");
+        }
+    }
+
+    #[test]
+    fn commands_that_cannot_start_say_why() {
+        let agent = Agent::start();
+        let mut client = agent.client();
+        let failed = |path: &str, why: &str| format!("Failed to execute child process “{path}” ({why})");
+        let missing = "No such file or directory";
+        for (arguments, expected) in [
+            (json!({"path": "/etc"}), failed("/etc", "Permission denied")),
+            (json!({"path": "/etc/passwd"}), failed("/etc/passwd", "Permission denied")),
+            (json!({"path": ""}), failed("", missing)),
+            (json!({"path": "nonexistcmd"}), failed("nonexistcmd", missing)),
+            (json!({"path": "env", "env": ["PATH=/nonexist"]}), failed("env", missing)),
+            (json!({"path": "true", "input-data": "@@@"}), "Base64 data contains invalid characters".into()),
+            (
+                json!({"path": "true", "capture-output": "zzz"}),
+                "Parameter 'capture-output' does not accept value 'zzz'".into(),
+            ),
+            (
+                json!({"path": "true", "capture-output": 5}),
+                "Invalid parameter type for 'capture-output', expected: GuestExecCaptureOutput".into(),
+            ),
+        ] {
+            assert_eq!(client.desc("guest-exec", &arguments), expected, "{arguments}");
+        }
+        let unknown = client.desc("guest-exec-status", &json!({"pid": 999_999_999}));
+        assert_eq!(unknown, "PID 999999999 does not exist");
+    }
+
+    #[test]
+    fn output_beyond_the_cap_is_drained_and_marked() {
+        let agent = Agent::start();
+        let mut client = agent.client();
+        let status = client.run(&shell("head -c 20000000 /dev/zero"));
+        assert_eq!(status["out-truncated"], true);
+        assert_eq!(status["out-data"].as_str().unwrap().len(), (16_usize << 20).div_ceil(3) * 4);
+    }
+
+    #[test]
+    fn input_larger_than_any_pipe_reaches_the_child() {
+        let agent = Agent::start();
+        let mut client = agent.client();
+        let data = "YWJj".repeat(1 << 20);
+        let arguments = json!({"path": "/bin/cat", "input-data": data, "capture-output": true});
+        assert_eq!(client.run(&arguments)["out-data"], data);
+        // A child that does not read its input holds up nothing.
+        assert_eq!(client.run(&json!({"path": "true", "input-data": data}))["exitcode"], 0);
+    }
+
+    #[test]
+    fn a_grandchild_that_holds_the_pipe_holds_up_the_report_but_not_the_agent() {
+        let agent = Agent::start();
+        let mut client = agent.client();
+        assert!(Command::new("mkfifo").arg(agent.path("gate")).status().unwrap().success());
+        let script = shell("echo $$ > parent; (read line < gate; echo hi) & exit 0");
+        let pid = client.result("guest-exec", &script)["pid"].clone();
+        // Reaped: the parent is gone, its child holds the pipe.
+        wait_until("the parent ends", || !Path::new(&format!("/proc/{pid}")).exists());
+        client.ping();
+        let status = client.result("guest-exec-status", &json!({"pid": pid}));
+        assert_eq!(status, json!({"exited": false}));
+        let mut gate = std::fs::OpenOptions::new().write(true).open(agent.path("gate")).unwrap();
+        gate.write_all(b"go\n").unwrap();
+        assert_eq!(client.finish(&pid)["out-data"], "aGkK");
+    }
+
+    #[test]
+    fn children_find_signals_and_descriptors_as_if_started_from_a_shell() {
+        let agent = Agent::start();
+        let script = "grep -E '^Sig(Blk|Ign)' /proc/self/status; ls /proc/self/fd | wc -l";
+        let status = agent.client().run(&shell(script));
+        let output = base64::engine::general_purpose::STANDARD.decode(status["out-data"].as_str().unwrap());
+        let output = String::from_utf8(output.unwrap()).unwrap();
+        let words: Vec<&str> = output.split_whitespace().collect();
+        assert_eq!(words[..2], ["SigBlk:", "0000000000000000"]);
+        // glibc ignores two signals of its own, 32 and 33, in what it spawns.
+        let ignored = u64::from_str_radix(words[3], 16).unwrap() & !(3 << 31);
+        assert_eq!(ignored, 0, "{output}");
+        // The standard streams and the listing's own descriptor.
+        assert_eq!(words[4], "4");
+    }
+
+    #[test]
+    fn a_request_of_a_client_that_left_at_once_is_carried_out() {
+        let agent = Agent::start();
+        let request = encode(&json!({"execute": "guest-exec", "arguments": shell("echo done > proof")}));
+        agent.client().stream.write_all(request.as_bytes()).unwrap();
+        let proof = || std::fs::read_to_string(agent.path("proof")).unwrap_or_default();
+        wait_until("the command runs", || proof() == "done\n");
+    }
+
+    #[test]
+    fn a_client_that_does_not_read_stops_only_itself() {
+        let agent = Agent::start();
+        let mut client = agent.client();
+        client.stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+        let request = b"{'execute':'guest-info'}".repeat(1000);
+        let mut asked = 0;
+        while let Ok(count) = client.stream.write(&request) {
+            asked += count;
+        }
+        assert!(asked < 16 << 20, "{asked} bytes of requests taken");
+        let before = agent.ticks();
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(agent.ticks() - before <= 1, "the agent spins");
+        drop(client);
+        agent.client().ping();
+    }
+
+    #[test]
+    fn sigterm_ends_the_agent_with_status_0() {
+        let mut agent = Agent::start();
+        agent.client().ping();
+        agent.signal("-TERM");
+        assert!(agent.process.wait().unwrap().success());
+    }
+
+    #[test]
+    fn a_missing_port_is_waited_for_asleep() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tarn-agent"));
+        command.args(["-p", "ports/agent", "-t", "."]).current_dir(directory.path()).stderr(Stdio::null());
+        let mut agent = Agent { process: command.spawn().unwrap(), directory };
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(agent.ticks() <= 2, "the agent is busy waiting");
+        agent.signal("-TERM");
+        assert!(agent.process.wait().unwrap().success());
+    }
+
+    #[test]
+    fn bad_options_end_with_status_1_and_a_hint() {
+        let output = Command::new(env!("CARGO_BIN_EXE_tarn-agent")).arg("--nope").output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&output.stdout).contains("Unknown option '--nope'"));
+    }
+}
