@@ -7,6 +7,7 @@
 //!   guest interrupt ◀──irqfd── device::Interrupt ◀── used buffers, config change, NEEDS_RESET
 //! ```
 
+pub mod blk;
 pub mod console;
 pub mod device;
 pub mod mmio;

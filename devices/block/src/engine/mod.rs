@@ -237,6 +237,12 @@ impl Engine {
         }
     }
 
+    /// [`Self::queue`] for [`Operation::Flush`], which needs no memory.
+    pub fn queue_flush(&mut self, token: u64) {
+        // SAFETY: there are no buffers.
+        unsafe { self.queue(token, Operation::Flush) };
+    }
+
     /// Starts what was queued, in one system call where possible. Follow it by [`Self::reap`]: much is
     /// complete at once, and what was refused never shows at [`Self::event`].
     ///
