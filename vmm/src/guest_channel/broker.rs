@@ -1,0 +1,556 @@
+//! The broker: many clients, one agent, one command at a time. No I/O, no clock.
+//!
+//! ```text
+//!                      guest opens the port              answer to our token, after 0xFF
+//!   ┌────────┐ ───────────────────────────▶ ┌─────────┐ ─────────────────────────────▶ ┌──────┐
+//!   │ Closed │                              │ Syncing │                                │ Idle │
+//!   └────────┘ ◀──────┐       again, with a ▲ │   ▲ ◀── stray answer ──────────────────└──────┘
+//!        ▲            │       new token, at └─┘   │                                     │   ▲
+//!        └─ guest closes it, in any state         │ no answer in time,                  │   │
+//!                                                 │ answer too long, half a request sent▼   │ answer
+//!                                                 └──────────────────────────────────┌──────┐
+//!                                                                                    │ Busy │
+//!                                                                                    └──────┘
+//! ```
+//!
+//! Answers are not told apart by id: the agent of 2012 refuses requests that carry one. Being in step is
+//! everything, so whenever that is in doubt the broker gets in step again with `guest-sync-delimited`
+//! and a random token, and believes nothing before the answer to it.
+//!
+//! A client has at most one request here; further ones wait with the client. So the queue, first come first
+//! served, is a round robin over clients.
+//!
+//! `guest-shutdown` and the suspend commands answer only if they fail. Right behind them the broker sends a
+//! sync of its own: if that is answered first, or the port closes, or nothing comes in time, the command is
+//! taken as accepted.
+
+use std::collections::VecDeque;
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
+use std::time::{Duration, Instant};
+
+use protocol::{Decoder, Error, Handshake, Item, Limits, Map, ParseError, Progress, Reply, request_line};
+use serde_json::{Value, json};
+
+use super::command::{Command, FILE_REPLY_MAX, Kind, REPLY_MAX};
+use super::freeze::Freeze;
+use super::{AgentStatus, ChannelConfig, Client};
+
+/// Bounds on one message of the guest.
+const GUEST_LIMITS: Limits = Limits { message_bytes: FILE_REPLY_MAX, depth: 128, tokens: 256 << 10 };
+/// Longest message the guest may send while nobody asked it.
+const UNASKED_MAX: usize = 64 << 10;
+/// Fed to the decoder at once, so that bounds are looked at often enough.
+const PIECE: usize = 16 << 10;
+/// First and longest pause between attempts to get in step.
+const SYNC_RETRY: Duration = Duration::from_secs(5);
+const SYNC_RETRY_MAX: Duration = Duration::from_secs(60);
+
+/// What became of a request.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    /// Who asked.
+    pub(super) client: Client,
+    /// The agent's answer, or ours in its place. `None`: accepted, and there is no answer.
+    pub(super) result: Option<Result<Value, Error>>,
+}
+
+#[derive(Debug)]
+struct Queued {
+    client: Client,
+    command: Command,
+    arrived: Instant,
+}
+
+#[derive(Debug)]
+enum Link {
+    Closed,
+    Syncing { handshake: Handshake, again: Instant, wait: Duration },
+    Idle,
+    Busy(InFlight),
+}
+
+/// The command the guest works on.
+#[derive(Debug)]
+struct InFlight {
+    asker: Asker,
+    name: String,
+    kind: Kind,
+    grace: Option<Duration>,
+    reply_max: usize,
+    deadline: Instant,
+    /// Token of the sync right behind it.
+    probe: Option<i64>,
+    /// The last byte between messages was 0xFF.
+    marked: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asker {
+    Client(Client),
+    /// The client that asked is gone.
+    Nobody,
+    /// The broker itself, thawing.
+    Broker,
+}
+
+/// How a command ended.
+enum Ending {
+    Answered(Result<Value, Error>),
+    /// It has no answer, and was accepted.
+    Accepted,
+    /// It will never be known; the client gets this.
+    Unknown(Error),
+}
+
+#[derive(Debug)]
+pub(super) struct Broker {
+    // Fixed configuration.
+    config: ChannelConfig,
+    // The guest's side.
+    link: Link,
+    decoder: Decoder,
+    /// Bytes of a message of the guest that has not ended yet.
+    unfinished: usize,
+    to_guest: Vec<u8>,
+    sent: usize,
+    tokens: RandomState,
+    tokens_used: u64,
+    // The clients' side.
+    queue: VecDeque<Queued>,
+    outcomes: Vec<Outcome>,
+    /// Since when requests cannot be sent.
+    unready_since: Option<Instant>,
+    /// Since when the VM has not been running, and how long it stood still before that.
+    stopped_since: Option<Instant>,
+    stood_still: Duration,
+    freeze: Option<Freeze>,
+    // Statistics.
+    automatic_thaws: u64,
+    malformed: u64,
+}
+
+impl Broker {
+    pub(super) fn new(config: ChannelConfig) -> Self {
+        Self {
+            config,
+            link: Link::Closed,
+            decoder: Decoder::new(GUEST_LIMITS),
+            unfinished: 0,
+            to_guest: Vec::new(),
+            sent: 0,
+            tokens: RandomState::new(),
+            tokens_used: 0,
+            queue: VecDeque::new(),
+            outcomes: Vec::new(),
+            unready_since: None,
+            stopped_since: None,
+            stood_still: Duration::ZERO,
+            freeze: None,
+            automatic_thaws: 0,
+            malformed: 0,
+        }
+    }
+
+    // ---- The clients' side ----
+
+    /// A client asks. It must not ask again before the outcome.
+    pub(super) fn request(&mut self, client: Client, name: String, arguments: Map, now: Instant) {
+        match Command::new(name, arguments, &self.config) {
+            Ok(command) => self.queue.push_back(Queued { client, command, arrived: now }),
+            Err(error) => self.outcomes.push(Outcome { client, result: Some(Err(error)) }),
+        }
+        self.pump(now);
+    }
+
+    /// A client is gone; `informed` if it can have read all its answers. Its outcome is dropped.
+    pub(super) fn client_gone(&mut self, client: Client, informed: bool, now: Instant) {
+        self.queue.retain(|queued| queued.client != client);
+        let outcomes = self.outcomes.len();
+        self.outcomes.retain(|outcome| outcome.client != client);
+        let informed = informed && outcomes == self.outcomes.len();
+        if let Link::Busy(request) = &mut self.link
+            && request.asker == Asker::Client(client)
+        {
+            request.asker = Asker::Nobody;
+        }
+        let guest_time = self.guest_time(now);
+        if let Some(freeze) = &mut self.freeze {
+            freeze.client_gone(client, informed, guest_time);
+        }
+        self.pump(now);
+    }
+
+    /// Outcomes since the last call.
+    pub(super) fn take_outcomes(&mut self) -> Vec<Outcome> {
+        std::mem::take(&mut self.outcomes)
+    }
+
+    // ---- The guest's side ----
+
+    /// The guest has opened the port.
+    pub(super) fn port_opened(&mut self, now: Instant) {
+        if matches!(self.link, Link::Closed) {
+            self.sync(SYNC_RETRY, now);
+        }
+    }
+
+    /// The guest has closed the port: what is on its way in either direction is lost.
+    pub(super) fn port_closed(&mut self, now: Instant) {
+        self.to_guest.clear();
+        self.sent = 0;
+        self.decoder.reset();
+        self.unfinished = 0;
+        self.unready_since.get_or_insert(now);
+        if let Link::Busy(request) = std::mem::replace(&mut self.link, Link::Closed) {
+            let text = format!("Guest agent went away before it answered '{}'", request.name);
+            self.end(&request, lost(&request, text), now);
+        }
+    }
+
+    /// The guest starts again from nothing: its filesystems are not frozen any more.
+    pub(super) fn guest_reset(&mut self, now: Instant) {
+        self.port_closed(now);
+        self.freeze = None;
+    }
+
+    /// The VM runs, or stands still. Timeouts of the guest stand still with it.
+    pub(super) fn vm_running(&mut self, running: bool, now: Instant) {
+        match (running, self.stopped_since) {
+            (false, None) => {
+                self.stopped_since = Some(now);
+                self.unready_since.get_or_insert(now);
+            }
+            (true, Some(since)) => {
+                self.stopped_since = None;
+                self.stood_still += now.saturating_duration_since(since);
+                if matches!(self.link, Link::Idle | Link::Busy(_)) {
+                    self.unready_since = None;
+                }
+                self.pump(now);
+            }
+            (false, Some(_)) | (true, None) => {}
+        }
+    }
+
+    /// Bytes for the guest.
+    pub(super) fn to_guest(&self) -> &[u8] {
+        &self.to_guest[self.sent..]
+    }
+
+    /// The guest has taken so many of them.
+    pub(super) fn sent_to_guest(&mut self, count: usize) {
+        self.sent = self.to_guest.len().min(self.sent + count);
+        if self.sent == self.to_guest.len() {
+            self.to_guest = Vec::new();
+            self.sent = 0;
+        }
+    }
+
+    /// Bytes from the guest. It may send what it likes, as much as it likes.
+    pub(super) fn receive(&mut self, bytes: &[u8], now: Instant) {
+        for piece in bytes.chunks(PIECE) {
+            if matches!(self.link, Link::Closed) {
+                return;
+            }
+            self.decoder.feed(piece);
+            self.unfinished += piece.len();
+            while let Some(item) = self.decoder.next_item() {
+                self.unfinished = self.decoder.unread_bytes();
+                self.on_item(item, now);
+            }
+            if self.decoder.is_idle() {
+                self.unfinished = 0;
+            }
+            let limit = match &self.link {
+                Link::Busy(request) => request.reply_max,
+                // What comes before the answer to our token may be a late answer to a request.
+                Link::Syncing { .. } => REPLY_MAX,
+                Link::Idle | Link::Closed => UNASKED_MAX,
+            };
+            if self.unfinished > limit {
+                self.too_long(now);
+            }
+        }
+    }
+
+    fn on_item(&mut self, item: Item, now: Instant) {
+        match &mut self.link {
+            Link::Closed => {}
+            Link::Syncing { handshake, .. } => {
+                if handshake.on(&item) == Progress::Done {
+                    self.link = Link::Idle;
+                    if self.stopped_since.is_none() {
+                        self.unready_since = None;
+                    }
+                    self.pump(now);
+                }
+            }
+            Link::Idle => match item {
+                Item::Sentinel => {}
+                Item::Error(_) => self.malformed += 1,
+                Item::Value(_) => {
+                    // An answer to nothing: the next one may be late as well.
+                    self.malformed += 1;
+                    self.resync(now);
+                }
+            },
+            Link::Busy(request) => match item {
+                Item::Sentinel => request.marked = true,
+                Item::Error(ParseError::TooLong | ParseError::TooManyTokens | ParseError::TooDeep) => {
+                    self.too_long(now);
+                }
+                Item::Error(_) => {
+                    request.marked = false;
+                    self.malformed += 1;
+                }
+                Item::Value(message) => self.on_message(message, now),
+            },
+        }
+    }
+
+    /// A message while a command is with the guest.
+    fn on_message(&mut self, message: Value, now: Instant) {
+        let Link::Busy(request) = &mut self.link else { return };
+        let marked = std::mem::take(&mut request.marked);
+        let ending = match Reply::parse(message) {
+            Ok(Reply::Return { value, .. }) => {
+                let token = value.as_i64();
+                if marked && request.probe.is_some() && token == request.probe {
+                    Some(Ending::Accepted)
+                } else if matches!(request.kind, Kind::Sync(expected) if token != Some(expected)) {
+                    None
+                } else {
+                    Some(Ending::Answered(Ok(value)))
+                }
+            }
+            Ok(Reply::Error { error, .. }) => Some(Ending::Answered(Err(error))),
+            Ok(Reply::Event(_) | Reply::Greeting(_)) | Err(_) => None,
+        };
+        match ending {
+            Some(ending) => self.finish(ending, now),
+            None => self.malformed += 1,
+        }
+    }
+
+    fn too_long(&mut self, now: Instant) {
+        self.malformed += 1;
+        self.decoder.reset();
+        self.unfinished = 0;
+        match &self.link {
+            Link::Busy(request) => {
+                let text = format!("Guest agent's answer to '{}' is beyond all bounds", request.name);
+                self.finish(Ending::Unknown(Error::generic(text)), now);
+            }
+            Link::Idle => self.resync(now),
+            Link::Syncing { .. } | Link::Closed => {}
+        }
+    }
+
+    // ---- One command ----
+
+    /// Sends the next command, if the guest can take one.
+    fn pump(&mut self, now: Instant) {
+        if !matches!(self.link, Link::Idle) || self.stopped_since.is_some() {
+            return;
+        }
+        if self.freeze.as_ref().is_some_and(|freeze| freeze.is_due(self.guest_time(now))) {
+            tracing::warn!("The client that froze the guest is gone, thawing in its place");
+            self.dispatch(Asker::Broker, Command::thaw(), now);
+        } else if let Some(Queued { client, command, .. }) = self.queue.pop_front() {
+            self.dispatch(Asker::Client(client), command, now);
+        }
+    }
+
+    fn dispatch(&mut self, asker: Asker, command: Command, now: Instant) {
+        let Command { name, kind, line, grace, reply_max } = command;
+        let timeout = match kind {
+            Kind::Freeze => self.config.freeze_timeout,
+            Kind::Thaw => self.config.thaw_timeout,
+            Kind::Ordinary | Kind::Status | Kind::Sync(_) | Kind::NoReply => self.config.timeout,
+        };
+        let probe = (kind == Kind::NoReply).then(|| self.token());
+        self.to_guest = line;
+        self.sent = 0;
+        if let Some(token) = probe {
+            let arguments = Map::from_iter([("id".to_owned(), json!(token))]);
+            // Without the usual 0xFF before it: that would be answered, too, by an error.
+            let line = request_line("guest-sync-delimited", Some(arguments), None);
+            self.to_guest.extend_from_slice(line.as_bytes());
+        }
+        let deadline = self.guest_time(now) + timeout;
+        self.link =
+            Link::Busy(InFlight { asker, name, kind, grace, reply_max, deadline, probe, marked: false });
+    }
+
+    /// The command in the guest has ended.
+    fn finish(&mut self, ending: Ending, now: Instant) {
+        let Link::Busy(request) = std::mem::replace(&mut self.link, Link::Idle) else { return };
+        let answered = matches!(ending, Ending::Answered(_));
+        let unknown = matches!(ending, Ending::Unknown(_));
+        self.end(&request, ending, now);
+        match request.probe {
+            // The answer to the probe is still to come.
+            Some(token) if answered && self.to_guest.is_empty() => {
+                let again = self.guest_time(now) + SYNC_RETRY;
+                self.unready_since.get_or_insert(now);
+                self.link = Link::Syncing { handshake: Handshake::new(token), again, wait: SYNC_RETRY };
+            }
+            _ if unknown || !self.to_guest.is_empty() => self.resync(now),
+            _ => self.pump(now),
+        }
+    }
+
+    /// Tells the client, and keeps the books on freezes.
+    fn end(&mut self, request: &InFlight, ending: Ending, now: Instant) {
+        let now = self.guest_time(now);
+        match (request.kind, &ending) {
+            (Kind::Freeze, Ending::Answered(Ok(count))) if count.as_i64() != Some(0) => {
+                self.freeze = Some(match request.asker {
+                    Asker::Client(client) => Freeze::owned(client, request.grace),
+                    Asker::Nobody | Asker::Broker => Freeze::unknown(now),
+                });
+            }
+            (Kind::Freeze, Ending::Unknown(_)) => self.freeze = Some(Freeze::unknown(now)),
+            (Kind::Thaw, Ending::Answered(Ok(_))) => {
+                if request.asker == Asker::Broker {
+                    self.automatic_thaws += 1;
+                }
+                self.freeze = None;
+            }
+            (Kind::Thaw, _) if request.asker == Asker::Broker => {
+                tracing::warn!("The thaw failed, trying again");
+                if let Some(freeze) = &mut self.freeze {
+                    freeze.thaw_failed(now);
+                }
+            }
+            (Kind::Status, Ending::Answered(Ok(status))) if status == "thawed" => self.freeze = None,
+            _ => {}
+        }
+        if let Asker::Client(client) = request.asker {
+            let result = match ending {
+                Ending::Answered(result) => Some(result),
+                Ending::Accepted => None,
+                Ending::Unknown(error) => Some(Err(error)),
+            };
+            self.outcomes.push(Outcome { client, result });
+        }
+    }
+
+    // ---- Getting in step ----
+
+    fn resync(&mut self, now: Instant) {
+        self.unready_since.get_or_insert(now);
+        self.sync(SYNC_RETRY, now);
+    }
+
+    /// Asks the agent for a token; what has not been sent is dropped, and the agent told to forget what it
+    /// has of it.
+    fn sync(&mut self, wait: Duration, now: Instant) {
+        let handshake = Handshake::new(self.token());
+        self.to_guest = handshake.request();
+        self.sent = 0;
+        self.link = Link::Syncing { handshake, again: self.guest_time(now) + wait, wait };
+    }
+
+    /// A token that no former attempt has used and no other VMM is likely to.
+    fn token(&mut self) -> i64 {
+        self.tokens_used += 1;
+        // Some clients' languages know no integers beyond 2^53; agents might be written in one.
+        i64::try_from(self.tokens.hash_one(self.tokens_used) >> 12).unwrap_or_default()
+    }
+
+    // ---- Time ----
+
+    /// The time by which the guest is measured. It stands still with the VM.
+    fn guest_time(&self, now: Instant) -> Instant {
+        let now = self.stopped_since.unwrap_or(now);
+        now.checked_sub(self.stood_still).unwrap_or(now)
+    }
+
+    /// When [`tick`](Self::tick) is next needed.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        let guest = if self.stopped_since.is_some() {
+            None
+        } else {
+            match &self.link {
+                Link::Closed => None,
+                Link::Syncing { again, .. } => Some(*again),
+                Link::Busy(request) => Some(request.deadline),
+                Link::Idle => self.freeze.as_ref().and_then(Freeze::deadline),
+            }
+        };
+        let guest = guest.map(|deadline| deadline + self.stood_still);
+        let held = self.queue.iter().filter_map(|queued| self.held_until(queued)).min();
+        guest.into_iter().chain(held).min()
+    }
+
+    /// Does what is due.
+    pub(super) fn tick(&mut self, now: Instant) {
+        self.refuse_held(now);
+        if self.stopped_since.is_some() {
+            return;
+        }
+        let guest_time = self.guest_time(now);
+        match &self.link {
+            Link::Syncing { again, wait, .. } if *again <= guest_time => {
+                let wait = (*wait * 2).min(SYNC_RETRY_MAX);
+                self.sync(wait, now);
+            }
+            Link::Busy(request) if request.deadline <= guest_time => self.time_out(now),
+            Link::Closed | Link::Syncing { .. } | Link::Idle | Link::Busy(_) => self.pump(now),
+        }
+    }
+
+    fn time_out(&mut self, now: Instant) {
+        if let Link::Busy(request) = std::mem::replace(&mut self.link, Link::Idle) {
+            let text = format!("Guest agent did not answer '{}' in time", request.name);
+            self.end(&request, lost(&request, text), now);
+            self.resync(now);
+        }
+    }
+
+    /// How long a request may wait for the guest to be there; `None` while it is.
+    fn held_until(&self, queued: &Queued) -> Option<Instant> {
+        let in_step = matches!(self.link, Link::Idle | Link::Busy(_));
+        if in_step && self.stopped_since.is_none() {
+            return None;
+        }
+        let since = self.unready_since.map_or(queued.arrived, |since| since.max(queued.arrived));
+        Some(since + self.config.hold)
+    }
+
+    fn refuse_held(&mut self, now: Instant) {
+        let text = match self.link {
+            Link::Closed => "Guest agent is not connected",
+            _ if self.stopped_since.is_some() => "Guest agent cannot answer: the virtual machine is stopped",
+            _ => "Guest agent is not responding",
+        };
+        for queued in std::mem::take(&mut self.queue) {
+            if self.held_until(&queued).is_some_and(|until| until <= now) {
+                let result = Some(Err(Error::generic(text)));
+                self.outcomes.push(Outcome { client: queued.client, result });
+            } else {
+                self.queue.push_back(queued);
+            }
+        }
+    }
+
+    pub(super) fn status(&self, now: Instant) -> AgentStatus {
+        AgentStatus {
+            connected: !matches!(self.link, Link::Closed),
+            in_sync: matches!(self.link, Link::Idle | Link::Busy(_)),
+            frozen: self.freeze.as_ref().map(|freeze| freeze.status(self.guest_time(now))),
+            automatic_thaws: self.automatic_thaws,
+            malformed_replies: self.malformed,
+        }
+    }
+}
+
+/// How a command ends whose answer will not come.
+fn lost(request: &InFlight, text: String) -> Ending {
+    match request.kind {
+        Kind::NoReply => Ending::Accepted,
+        _ => Ending::Unknown(Error::generic(text)),
+    }
+}
