@@ -1,1 +1,26 @@
-//! See below.
+//! The host's side of the wire: sessions with a VM's monitor and with its guest agent, and recipes made of them.
+//!
+//! ```text
+//!   recipes   exec · copy_to_guest · copy_from_guest
+//!                      │
+//!   sessions  MonitorSession          GuestSession
+//!                      │                   │           one connection each, blocking, every wait bounded
+//!                      └── Connection ─────┘
+//!                             │
+//!             monitor.sock ───┴─── agent.sock
+//! ```
+//!
+//! Nothing here knows how a VM is built: the sockets are all there is. Any QMP monitor and any qemu-ga behind a unix
+//! socket will do.
+
+mod connection;
+mod guest;
+mod monitor;
+pub mod recipes;
+#[cfg(test)]
+mod testing;
+
+pub use connection::{Peer, SessionError};
+pub use guest::GuestSession;
+pub use monitor::MonitorSession;
+pub use protocol::{Error, ErrorClass, Event, Map, Reply};
