@@ -1,26 +1,40 @@
 //! What a VM is, as plain data. Flags and `--config vm.json` give the same [`VmSpec`]; validation
 //! here opens no file and touches no device.
 
+mod flags;
+mod size;
+mod validate;
+
 use std::path::PathBuf;
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+pub use flags::{MountFlag, guest_device};
+pub use size::{format_size, parse_size};
+pub use validate::{
+    AGENT_PORT, ConfigError, MAX_CMDLINE, MAX_CPUS, MAX_DISK_QUEUES, MAX_SERIAL, MAX_SOCKET_PATH, check_name,
+    check_socket_path,
+};
 
 /// A whole VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct VmSpec {
-    /// Name: `[A-Za-z0-9][A-Za-z0-9._-]{0,62}`; also the name of its run-time directory.
+    /// Name: `[A-Za-z0-9][A-Za-z0-9._-]{0,62}`; also the name of its run-time directory. Generated when absent.
+    #[serde(default)]
     pub name: String,
     /// Shown to the guest through the monitor only. Generated when absent.
     #[serde(default)]
     pub uuid: Uuid,
-    /// Kernel image: bzImage or ELF `vmlinux`.
+    /// Kernel image: bzImage or ELF `vmlinux`. The guest image's when absent.
+    #[serde(default)]
     pub kernel: PathBuf,
     /// Initial RAM disk; several are concatenated in this order (each padded to 4 bytes).
     #[serde(default)]
     pub initrd: Vec<PathBuf>,
-    /// Kernel command line, complete.
+    /// Kernel command line, complete. One that suits the console when absent; never touched when present.
     #[serde(default)]
     pub cmdline: String,
     /// How the kernel is entered.
@@ -52,6 +66,27 @@ pub struct VmSpec {
     pub thaw_grace: u32,
 }
 
+impl Default for VmSpec {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            uuid: Uuid::nil(),
+            kernel: PathBuf::new(),
+            initrd: Vec::new(),
+            cmdline: String::new(),
+            boot: BootProtocol::default(),
+            cpus: default_cpus(),
+            memory: MemorySpec::default(),
+            disks: Vec::new(),
+            channels: Vec::new(),
+            console: ConsoleSpec::default(),
+            on_guest: GuestPolicies::default(),
+            start_paused: false,
+            thaw_grace: default_thaw_grace(),
+        }
+    }
+}
+
 fn default_cpus() -> u8 {
     1
 }
@@ -61,7 +96,7 @@ fn default_thaw_grace() -> u32 {
 }
 
 /// How the kernel is entered.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum BootProtocol {
     /// PVH where the ELF carries the note, else the 64-bit Linux boot protocol.
@@ -77,7 +112,8 @@ pub enum BootProtocol {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct MemorySpec {
-    /// Bytes; a multiple of 4 KiB.
+    /// Bytes; a multiple of 4 KiB. In JSON also a text such as `"512M"`.
+    #[serde(default = "default_memory", deserialize_with = "size::deserialize")]
     pub size: u64,
     /// Back it with transparent huge pages where the host can.
     #[serde(default)]
@@ -89,8 +125,12 @@ pub struct MemorySpec {
 
 impl Default for MemorySpec {
     fn default() -> Self {
-        Self { size: 512 << 20, huge_pages: false, prefault: false }
+        Self { size: default_memory(), huge_pages: false, prefault: false }
     }
+}
+
+fn default_memory() -> u64 {
+    512 << 20
 }
 
 /// A virtio-blk disk on a raw image or block device.
@@ -149,7 +189,7 @@ fn enospc() -> ErrorPolicy {
 }
 
 /// Image formats. Never guessed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum ImageFormat {
     /// Bytes as they are.
@@ -157,7 +197,7 @@ pub enum ImageFormat {
 }
 
 /// What a completed write means.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum CacheMode {
     /// It is in the host's cache; the guest's FLUSH makes it durable.
@@ -170,7 +210,7 @@ pub enum CacheMode {
 }
 
 /// I/O engine.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum IoEngine {
     /// io_uring where the host allows it, else threads.
@@ -183,7 +223,7 @@ pub enum IoEngine {
 }
 
 /// What a failed disk operation does (QEMU's `BlockdevOnError`, without `auto`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum ErrorPolicy {
     /// The guest sees the error.
@@ -207,7 +247,7 @@ pub struct ChannelSpec {
 }
 
 /// What the terminal of a foreground `tarn run` is connected to.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum ConsoleSpec {
     /// The virtio console `hvc0`.
@@ -297,6 +337,62 @@ impl std::str::FromStr for GuestAction {
             ("pause", None) => Ok(Self::Pause),
             ("reset", None) => Ok(Self::Reset),
             _ => Err(format!("Policy {text:?} is none of exit[:CODE], pause, reset")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_object_is_the_default_vm() {
+        assert_eq!(serde_json::from_str::<VmSpec>("{}").unwrap(), VmSpec::default());
+    }
+
+    #[test]
+    fn what_is_written_as_json_is_read_back() {
+        let spec = VmSpec {
+            name: "web".into(),
+            uuid: Uuid::from_u128(7),
+            kernel: "/k".into(),
+            initrd: vec!["/i".into(), "/j".into()],
+            cmdline: "quiet".into(),
+            boot: BootProtocol::Pvh,
+            cpus: 4,
+            memory: MemorySpec { size: 2 << 30, huge_pages: true, prefault: true },
+            disks: vec!["a.img,id=a,ro,queues=2".parse().unwrap(), DiskSpec::new("b.img")],
+            channels: vec!["name=org.x.0,socket=/s".parse().unwrap()],
+            console: ConsoleSpec::Serial,
+            on_guest: GuestPolicies { shutdown: GuestAction::Exit(3), ..GuestPolicies::default() },
+            start_paused: true,
+            thaw_grace: 5,
+        };
+        let text = serde_json::to_string_pretty(&spec).unwrap();
+        assert_eq!(serde_json::from_str::<VmSpec>(&text).unwrap(), spec);
+    }
+
+    #[test]
+    fn memory_may_be_a_text_and_unknown_members_are_refused() {
+        let spec: VmSpec = serde_json::from_str(r#"{"memory": {"size": "2G"}}"#).unwrap();
+        assert_eq!(spec.memory.size, 2 << 30);
+        assert!(serde_json::from_str::<VmSpec>(r#"{"cpu": 2}"#).unwrap_err().to_string().contains("`cpu`"));
+        assert!(serde_json::from_str::<VmSpec>(r#"{"memory": {"size": "2Q"}}"#).is_err());
+    }
+
+    #[test]
+    fn guest_policies_read_as_on_the_command_line() {
+        for (text, action) in [
+            ("exit", GuestAction::Exit(0)),
+            ("exit:70", GuestAction::Exit(70)),
+            ("pause", GuestAction::Pause),
+            ("reset", GuestAction::Reset),
+        ] {
+            assert_eq!(text.parse(), Ok(action));
+            assert_eq!(String::from(action), text);
+        }
+        for text in ["", "exit:256", "exit:", "pause:1", "reboot"] {
+            assert!(text.parse::<GuestAction>().is_err(), "{text}");
         }
     }
 }
