@@ -1,2 +1,5 @@
-//! See the library.
-fn main() {}
+//! The binary `tarn`: see [`vmm::cli`].
+
+fn main() -> std::process::ExitCode {
+    vmm::cli::main()
+}

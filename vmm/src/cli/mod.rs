@@ -1,0 +1,154 @@
+//! The command line: one subcommand per file. [`run`] is the only one that starts a VM; all others are clients of the
+//! sockets in a VM's run-time directory.
+
+mod agent;
+mod completions;
+mod console;
+mod cp;
+mod doctor;
+mod exec;
+mod kill;
+mod lines;
+mod logging;
+mod output;
+mod pause;
+mod process;
+mod ps;
+mod qmp;
+mod resume;
+mod run;
+mod stop;
+mod vm_name;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::CompleteEnv;
+
+/// Exit status when `tarn` itself failed.
+const FAILURE: u8 = 1;
+/// Exit status for a command line that makes no sense.
+const USAGE: u8 = 2;
+
+const AFTER_HELP: &str = "\
+Exit status:
+  0      success
+  1      tarn failed; one line on standard error says why
+  2      the command line is wrong
+  70     the guest panicked (tarn run; see --on-guest-panic)
+  other  that of the command in the guest (exec, run --exec; 128+N after signal N), or of --on-guest-…
+
+Files:
+  $XDG_RUNTIME_DIR/tarn/NAME/ (root: /run/tarn/NAME/; TARN_RUN_DIR overrides the part before NAME):
+  monitor.sock (QMP), agent.sock (guest agent), console.sock, pid, config.json, log
+
+Example:
+  tarn run --name web --disk data.img --mount /dev/vda:/data:ext4 --detach
+  tarn exec web -- uname -r
+  tarn stop web";
+
+/// A KVM microVM monitor whose guests can be frozen, paused, copied and asked
+#[derive(Debug, Parser)]
+#[command(name = "tarn", version, after_help = AFTER_HELP, max_term_width = 110)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every subcommand.
+#[derive(Debug, Clone, Default, Args)]
+struct Global {
+    /// Tell more on standard error; twice for debugging
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    verbose: u8,
+    /// Append log messages to FILE instead
+    #[arg(long, value_name = "FILE", global = true)]
+    log_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(Box<run::RunArgs>),
+    Ps(ps::PsArgs),
+    Exec(exec::ExecArgs),
+    Cp(cp::CpArgs),
+    Console(console::ConsoleArgs),
+    Pause(pause::PauseArgs),
+    Resume(resume::ResumeArgs),
+    Stop(stop::StopArgs),
+    Kill(kill::KillArgs),
+    Qmp(qmp::QmpArgs),
+    Agent(agent::AgentArgs),
+    Doctor(doctor::DoctorArgs),
+    Completions(completions::CompletionsArgs),
+}
+
+/// Does what the command line says; its result is the process's exit status.
+pub fn main() -> ExitCode {
+    // The shell asks for completions by an environment variable; then this does not return.
+    CompleteEnv::with_factory(Cli::command).complete();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help goes to standard output, and its reader may have left.
+            let _ = error.print();
+            return if error.use_stderr() { USAGE.into() } else { ExitCode::SUCCESS };
+        }
+    };
+    match logging::start(&cli.global).and_then(|()| dispatch(cli)) {
+        Ok(status) => status.into(),
+        Err(error) if error.is::<output::Closed>() => ExitCode::SUCCESS,
+        Err(error) => {
+            output::complain(&format!("{error:#}"));
+            FAILURE.into()
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<u8> {
+    match cli.command {
+        Command::Run(args) => run::run(*args, &cli.global),
+        Command::Ps(args) => ps::run(&args),
+        Command::Exec(args) => exec::run(args),
+        Command::Cp(args) => cp::run(&args),
+        Command::Console(args) => console::run(&args),
+        Command::Pause(args) => pause::run(&args),
+        Command::Resume(args) => resume::run(&args),
+        Command::Stop(args) => stop::run(&args),
+        Command::Kill(args) => kill::run(&args),
+        Command::Qmp(args) => qmp::run(&args),
+        Command::Agent(args) => agent::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Completions(args) => completions::run(&args),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_subcommand_shows_an_example() {
+        let mut command = Cli::command();
+        for subcommand in command.get_subcommands_mut().filter(|sub| sub.get_name() != "help") {
+            let name = subcommand.get_name().to_owned();
+            let help = subcommand.render_long_help().to_string();
+            assert!(help.contains(&format!("\n  tarn {name}")), "{name}: {help}");
+        }
+    }
+
+    #[test]
+    fn global_options_go_anywhere() {
+        for line in ["tarn -vv ps", "tarn ps -v --verbose"] {
+            assert_eq!(Cli::try_parse_from(line.split(' ')).unwrap().global.verbose, 2);
+        }
+    }
+}

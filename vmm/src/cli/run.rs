@@ -1,0 +1,78 @@
+//! `tarn run`: the only subcommand that starts a VM.
+//!
+//! ```text
+//!   flags, --config ─▶ VmSpec ─▶ checks without side effects ─▶ RunDir ─▶ VM, until it ends ─▶ exit status
+//!                        │                                        ▲
+//!                    --dry-run: print it       --detach: the same again in a process of its own
+//! ```
+
+mod detach;
+mod entry;
+mod exec;
+mod flags;
+pub(super) mod guest_image;
+
+use anyhow::Context;
+
+use self::entry::{Foreground, Terminal};
+use super::{Global, doctor, output};
+use crate::config::VmSpec;
+use crate::run_dir::RunDir;
+
+pub(super) use flags::RunArgs;
+
+pub(super) fn run(args: RunArgs, global: &Global) -> anyhow::Result<u8> {
+    let spec = args.to_spec().and_then(|spec| {
+        spec.validate()?;
+        Ok(spec)
+    })?;
+    if args.dry_run {
+        output::print_json(&spec)?;
+        return Ok(0);
+    }
+    if args.detach && !args.detached {
+        return detach::run_again();
+    }
+    if args.detached {
+        detach::leave_session()?;
+    }
+    doctor::refuse_too_much_memory(spec.memory.size)?;
+    if !args.software_kvm {
+        doctor::refuse_software_kvm()?;
+    }
+    let dir = RunDir::create(&spec.name)?;
+    dir.write_config(&spec)?;
+    let patience = args.agent_timeout();
+    if let Some(command) = args.exec {
+        let plan = exec::Plan { command, input: !args.no_input, patience };
+        return exec::run(&spec, &dir, plan, global.verbose > 0);
+    }
+    let foreground = if args.detached {
+        let (name, log) = (spec.name.clone(), dir.create_log()?);
+        Foreground { terminal: Terminal::Detached, ready: Some(Box::new(move || detach::tell(&name, &log))) }
+    } else {
+        Foreground { terminal: Terminal::Attached, ready: None }
+    };
+    start(&spec, &dir, foreground)
+}
+
+/// Runs the VM to its end.
+fn start(spec: &VmSpec, dir: &RunDir, foreground: Foreground) -> anyhow::Result<u8> {
+    let outcome = run_vm(spec, dir, foreground)?;
+    if outcome.exit == 0 {
+        tracing::info!("VM {} has ended: {}", spec.name, outcome.cause);
+    } else {
+        output::complain(&format!("VM {} has ended: {}", spec.name, outcome.cause));
+    }
+    Ok(outcome.exit)
+}
+
+fn run_vm(spec: &VmSpec, dir: &RunDir, foreground: Foreground) -> anyhow::Result<entry::Outcome> {
+    entry::run(spec, dir, foreground)
+        .map_err(|error| match doctor::explain_kvm() {
+            // The way to a KVM that can be used says more than what failed without it.
+            Some(explained) => explained,
+            None => error.into(),
+        })
+        .with_context(|| format!("Cannot run VM {}", spec.name))
+}
