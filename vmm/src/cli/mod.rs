@@ -1,4 +1,4 @@
-//! The command line: one subcommand per file. [`run`] is the only one that starts a VM; all others are clients of the
+//! The command line: one subcommand per file. `run` is the only one that starts a VM; all others are clients of the
 //! sockets in a VM's run-time directory.
 
 mod agent;
@@ -62,10 +62,10 @@ struct Cli {
 #[derive(Debug, Clone, Default, Args)]
 struct Global {
     /// Tell more on standard error; twice for debugging
-    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    #[arg(short, long, action = clap::ArgAction::Count, global = true, help_heading = "Messages")]
     verbose: u8,
     /// Append log messages to FILE instead
-    #[arg(long, value_name = "FILE", global = true)]
+    #[arg(long, value_name = "FILE", global = true, help_heading = "Messages")]
     log_file: Option<PathBuf>,
 }
 
