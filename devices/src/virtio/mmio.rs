@@ -37,7 +37,7 @@ use virtio_bindings::virtio_mmio::{
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT as _};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Activation, ActiveQueue, Interrupt, VirtioDevice};
@@ -291,8 +291,15 @@ impl MmioTransport {
         queue.try_set_used_ring_address(GuestAddress(used)).ok()?;
         queue.set_event_idx(self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
         queue.set_ready(true);
+        // Section 2.7. `Queue::is_valid` checks the same, and lets the guest fill the log with complaints.
+        let fits = |addr, len| self.memory.check_range(GuestAddress(addr), len);
+        let entries = usize::from(queue.size());
         // `virtio-queue` takes an available ring at address 0 for a queue that was reset.
-        (avail != 0 && queue.is_valid(&self.memory)).then_some(queue)
+        let valid = avail != 0
+            && fits(desc, 16 * entries)
+            && fits(avail, 6 + 2 * entries)
+            && fits(used, 6 + 8 * entries);
+        valid.then_some(queue)
     }
 
     fn write_status(&mut self, value: u32) -> Result<(), Violation> {
@@ -420,7 +427,7 @@ mod tests {
     use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_DESC_LOW;
 
     use super::*;
-    use crate::testing::{Buffer, FakeDriver, MEMORY_SIZE, WILD_ADDRESS};
+    use crate::testing::{Buffer, FakeDriver, MEMORY_SIZE, Random, WILD_ADDRESS};
 
     const SIZES: [u16; 2] = [64, 8];
     const OWN_FEATURE: u64 = 1 << 5;
@@ -553,6 +560,24 @@ mod tests {
                 driver.transport().read(offset, &mut [0; 8][..width]);
                 driver.transport().write(offset, &[0xff; 8][..width]);
             }
+        }
+    }
+
+    #[test]
+    fn random_register_traffic_never_panics_and_a_reset_always_helps() {
+        let mut random = Random::new(7);
+        for _ in 0..500 {
+            let (mut driver, _) = plug();
+            for _ in 0..random.below(200) {
+                let register = u32::from(random.below(0x40)) * 4;
+                let wild = random.bits().to_le_bytes();
+                let wild = u32::from_le_bytes([wild[0], wild[1], wild[2], wild[3]]);
+                let sane = [0, 1, 2, 3, 7, 8, 11, 15, 64, 0x10_0000, 0x10_8000, 0x10_a000, u32::MAX];
+                let value = if random.below(8) == 0 { wild } else { random.pick(&sane) };
+                driver.write(register, value);
+                driver.read(register);
+            }
+            driver.start(u64::MAX);
         }
     }
 

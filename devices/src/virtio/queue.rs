@@ -201,6 +201,8 @@ pub struct Virtqueue {
     indirect: bool,
     /// Chains popped and not completed: never more than the queue's size.
     outstanding: u16,
+    /// Chains were completed since the last [`Self::notify`].
+    unannounced: bool,
 }
 
 impl Virtqueue {
@@ -208,7 +210,7 @@ impl Virtqueue {
     pub fn new(active: ActiveQueue, memory: GuestMemoryMmap, features: u64) -> Self {
         let ActiveQueue { queue, doorbell } = active;
         let indirect = features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0;
-        Self { queue, doorbell, memory, indirect, outstanding: 0 }
+        Self { queue, doorbell, memory, indirect, outstanding: 0, unannounced: false }
     }
 
     /// Number of descriptors in the queue's table.
@@ -263,16 +265,17 @@ impl Virtqueue {
     pub fn complete(&mut self, head: Head, written: u32) -> Result<(), Violation> {
         self.queue.add_used(&self.memory, head.0, written).map_err(Violation::Ring)?;
         self.outstanding -= 1;
+        self.unannounced = true;
         Ok(())
     }
 
-    /// Raises the interrupt if the driver wants to hear of the chains completed since the last call.
+    /// Raises the interrupt if chains were completed since the last call and the driver wants to hear of them.
     ///
     /// # Errors
     ///
     /// [`Violation::Ring`] when the ring cannot be read.
     pub fn notify(&mut self, interrupt: &Interrupt) -> Result<(), Violation> {
-        if self.wants_interrupt()? {
+        if std::mem::take(&mut self.unannounced) && self.wants_interrupt()? {
             interrupt.used_buffers();
         }
         Ok(())
@@ -584,6 +587,9 @@ mod tests {
         with_flag.driver.send(0, &[Buffer::Readable(b"x")]);
         shout(&mut with_flag, 10);
         assert_eq!(with_flag.driver.line().count(), 1);
+
+        shout(&mut with_flag, 10);
+        assert_eq!(with_flag.driver.line().count(), 1, "there was nothing to tell");
 
         let mut with_index = rig();
         for _ in 0..3 {

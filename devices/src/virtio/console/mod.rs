@@ -67,7 +67,7 @@ const CONTROL_QUEUE_SIZE: u16 = 32;
 const CONTROL_RX: usize = 2;
 const CONTROL_TX: usize = 3;
 /// Control messages handled in one call.
-const CONTROL_BUDGET: u16 = 256;
+const CONTROL_BUDGET: u16 = 64;
 
 /// What a port is to be.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

@@ -6,7 +6,7 @@ use super::PortSpec;
 use super::control::Control;
 
 /// Chains handled in one call, so that a guest with tiny buffers cannot hold the caller.
-const CHAINS_PER_CALL: u16 = 256;
+const CHAINS_PER_CALL: u16 = 64;
 
 /// One port: what it is, what has been said about it, and its data queues while the device is active.
 pub(super) struct Port {
@@ -92,7 +92,6 @@ impl Port {
         tx.disable_doorbell()?;
         let mut wants = true;
         let mut more = true;
-        let mut completed = false;
         for _ in 0..CHAINS_PER_CALL {
             if !wants {
                 break;
@@ -115,14 +114,11 @@ impl Port {
             wants = take(tx, &mut chain)?;
             if chain.readable.remaining() == 0 {
                 tx.complete(chain.head, 0)?;
-                completed = true;
             } else {
                 self.partial = Some(chain);
             }
         }
-        if completed {
-            tx.notify(interrupt)?;
-        }
+        tx.notify(interrupt)?;
         Ok(more)
     }
 
@@ -153,9 +149,7 @@ impl Port {
             done += chain.writable.write(rx.memory(), &source[done..])?;
             rx.complete(chain.head, before - chain.writable.remaining())?;
         }
-        if done > 0 {
-            rx.notify(interrupt)?;
-        }
+        rx.notify(interrupt)?;
         Ok(done)
     }
 }
