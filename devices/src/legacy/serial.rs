@@ -238,9 +238,9 @@ mod tests {
         assert_eq!(output.ready().read().unwrap(), 1, "one event for many bytes");
         assert_eq!(output.take(), (b"Linux version".to_vec(), 0));
         assert_eq!(output.take(), (vec![], 0));
-        print(&mut port, b" 6");
+        print(&mut port, b"6");
         assert!(output.ready().read().is_ok());
-        assert_eq!(output.take(), (b" 6".to_vec(), 0));
+        assert_eq!(output.take(), (b"6".to_vec(), 0));
     }
 
     #[test]

@@ -654,6 +654,9 @@ mod tests {
             (64, [MEMORY_SIZE - 16, good[1], good[2]]),
             (64, [good[0], MEMORY_SIZE - 2, good[2]]),
             (64, [good[0], good[1], MEMORY_SIZE - 4]),
+            (64, [MEMORY_SIZE - 16 * 63, good[1], good[2]]),
+            (64, [good[0], MEMORY_SIZE - 4 - 2 * 64, good[2]]),
+            (64, [good[0], good[1], MEMORY_SIZE - 4 - 8 * 64]),
             (64, [u64::MAX - 15, good[1], good[2]]),
             (64, [good[0], u64::MAX - 1, good[2]]),
             (64, [good[0], good[1], u64::MAX - 3]),
@@ -670,6 +673,32 @@ mod tests {
     }
 
     #[test]
+    fn rings_may_end_where_memory_ends() {
+        let ends = [MEMORY_SIZE - 16 * 64, MEMORY_SIZE - 6 - 2 * 64, MEMORY_SIZE - 8 - 8 * 64];
+        for at in 0..3 {
+            let (mut driver, _) = plug();
+            driver.negotiate(u64::MAX);
+            let mut rings = [0x10_0000, 0x10_8000, 0x10_a000];
+            rings[at] = ends[at];
+            driver.write(VIRTIO_MMIO_QUEUE_NUM, 64);
+            driver.write_ring_addresses(rings);
+            driver.write(VIRTIO_MMIO_QUEUE_READY, 1);
+            assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 1, "{rings:x?}");
+        }
+    }
+
+    #[test]
+    fn a_device_that_needs_a_reset_is_not_activated() {
+        let (mut driver, probe) = plug();
+        driver.negotiate(u64::MAX);
+        driver.write(VIRTIO_MMIO_QUEUE_READY, 1);
+        assert!(driver.needs_reset());
+        driver.add_status(DRIVER_OK);
+        assert_eq!(driver.status() & DRIVER_OK, 0);
+        assert_eq!(probe.0.lock().activations, 0);
+    }
+
+    #[test]
     fn queues_wait_for_the_features_and_are_frozen_once_ready() {
         let (mut driver, probe) = plug();
         driver.add_status(ACKNOWLEDGE);
@@ -678,6 +707,9 @@ mod tests {
         driver.add_status(DRIVER);
         driver.write_features(TRANSPORT_FEATURES);
         driver.add_status(FEATURES_OK);
+        driver.write(VIRTIO_MMIO_QUEUE_READY, 1);
+        assert!(driver.needs_reset(), "it has no size and no rings yet");
+        driver.negotiate(u64::MAX);
         driver.set_up_queue(0, 64);
         driver.write(VIRTIO_MMIO_QUEUE_NUM, 8);
         driver.write(VIRTIO_MMIO_QUEUE_DESC_LOW, 0);
@@ -710,6 +742,10 @@ mod tests {
         driver.write(VIRTIO_MMIO_QUEUE_SEL, 1);
         driver.reset();
         assert_eq!(driver.status(), 0);
+        assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_NUM_MAX), 64, "queue 0 is selected");
+        driver.write(VIRTIO_MMIO_STATUS, ACKNOWLEDGE | DRIVER);
+        driver.add_status(FEATURES_OK);
+        assert_eq!(driver.status() & FEATURES_OK, 0, "the features of the last driver do not count");
         for queue in 0..2 {
             driver.write(VIRTIO_MMIO_QUEUE_SEL, queue);
             assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 0);

@@ -106,7 +106,7 @@ impl ToGuest {
 pub(super) struct OpenState {
     now: bool,
     told: bool,
-    /// Closed since `told`.
+    /// Closed since it was last told anything.
     closed: bool,
 }
 
@@ -117,7 +117,7 @@ impl OpenState {
 
     pub(super) fn set(&mut self, open: bool) {
         self.now = open;
-        self.closed |= self.told && !open;
+        self.closed |= !open;
     }
 
     /// What is to be told next.

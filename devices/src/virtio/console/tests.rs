@@ -1,5 +1,6 @@
 use std::os::fd::AsRawFd as _;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes as _, GuestAddress};
@@ -186,7 +187,9 @@ fn what_the_guest_sends_is_read_in_any_portions() {
         assert_eq!(rig.handle.read(AGENT, &mut four), 4);
         assert_eq!(&four, b"{\"ex");
         assert_eq!(rig.driver.drain_used(AGENT_TX), []);
+        let before = rig.driver.line().count();
         assert_eq!(rig.read_all(AGENT, 5), b"ecute\":1}\n");
+        assert!(rig.driver.line().count() > before);
         assert_eq!(rig.driver.drain_used(AGENT_TX).len(), 2);
         assert_eq!(rig.turn(), []);
         assert_eq!(rig.handle.read(AGENT, &mut []), 0);
@@ -225,6 +228,21 @@ fn what_nobody_wants_is_discarded() {
     assert_eq!(rig.turn(), [], "drained");
     rig.driver.send(1, &[Buffer::Readable(b"more")]);
     assert_eq!(rig.turn(), [Readable(CONSOLE)]);
+}
+
+#[test]
+fn a_flood_is_discarded_in_bounded_calls_that_ask_for_the_next() {
+    let mut rig = Rig::connected(ALL);
+    for _ in 0..DATA_QUEUE_SIZE {
+        rig.driver.send(1, &[Buffer::Readable(b"spam")]);
+    }
+    assert_eq!(rig.turn(), [Readable(CONSOLE)]);
+    rig.handle.discard(CONSOLE);
+    assert_eq!(rig.driver.drain_used(1).len(), usize::from(DATA_QUEUE_SIZE));
+    rig.driver.send(1, &[Buffer::Readable(b"more spam")]);
+    assert_eq!(rig.turn(), [Readable(CONSOLE)], "the doorbell was rung when the call had done its share");
+    rig.handle.discard(CONSOLE);
+    assert_eq!(rig.driver.drain_used(1).len(), 1);
 }
 
 #[test]
@@ -619,6 +637,37 @@ fn no_wake_up_is_missed_in_either_direction() {
         }
         control_loop.join().unwrap();
         assert!(received == sent);
+    }
+}
+
+#[test]
+fn no_wake_up_is_missed_in_lock_step() {
+    // One buffer at a time, sent the moment the last one is back: just when the device decides to sleep.
+    const ROUNDS: usize = 30_000;
+    for features in [ALL, WITHOUT_EVENT_IDX] {
+        let mut rig = Rig::connected(features);
+        let handle = rig.handle.clone();
+        let doorbells = rig.driver.transport().doorbells().to_vec();
+        let control_loop = std::thread::spawn(move || echo(&handle, &doorbells, ROUNDS));
+        for round in 0..ROUNDS {
+            rig.driver.send(AGENT_TX, &[Buffer::Readable(&[7])]);
+            let start = Instant::now();
+            let mut sent = false;
+            let mut supplied = false;
+            loop {
+                sent |= rig.driver.take_used(AGENT_TX).is_some();
+                if sent && !supplied {
+                    rig.driver.send(AGENT_RX, &[Buffer::Writable(1)]);
+                    supplied = true;
+                }
+                if supplied && rig.driver.take_used(AGENT_RX).is_some() {
+                    break;
+                }
+                assert!(start.elapsed() < PATIENCE, "a wake-up was missed in round {round}");
+                std::hint::spin_loop();
+            }
+        }
+        control_loop.join().unwrap();
     }
 }
 
