@@ -746,6 +746,7 @@ mod tests {
         driver.write(VIRTIO_MMIO_STATUS, ACKNOWLEDGE | DRIVER);
         driver.add_status(FEATURES_OK);
         assert_eq!(driver.status() & FEATURES_OK, 0, "the features of the last driver do not count");
+        driver.reset();
         for queue in 0..2 {
             driver.write(VIRTIO_MMIO_QUEUE_SEL, queue);
             assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 0);

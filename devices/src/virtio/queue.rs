@@ -256,6 +256,19 @@ impl Virtqueue {
         Ok(Some(chain))
     }
 
+    /// Takes the next chain. When there is none, the driver has been asked to ring for the next: no wake-up is
+    /// missed between looking and asking.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::pop`].
+    pub fn pop_or_arm(&mut self) -> Result<Option<Chain>, Violation> {
+        match self.pop()? {
+            None if self.enable_doorbell()? => self.pop(),
+            chain => Ok(chain),
+        }
+    }
+
     /// Gives a chain back, after the device has written `written` bytes from the start of its writable part.
     ///
     /// # Errors
@@ -319,15 +332,11 @@ impl Virtqueue {
     ) -> Result<Served, E> {
         self.disable_doorbell()?;
         for _ in 0..budget {
-            match self.pop()? {
-                Some(chain) => handle(self, chain)?,
-                // Spends budget too: a driver may move the index to and fro.
-                None if self.enable_doorbell()? => self.disable_doorbell()?,
-                None => {
-                    self.notify(interrupt)?;
-                    return Ok(Served::Empty);
-                }
-            }
+            let Some(chain) = self.pop_or_arm()? else {
+                self.notify(interrupt)?;
+                return Ok(Served::Empty);
+            };
+            handle(self, chain)?;
         }
         self.ring();
         self.notify(interrupt)?;

@@ -432,13 +432,7 @@ impl State {
                 Some((id, port, message))
             });
             let Some((id, port, message)) = next else { break };
-            let Some(mut chain) = queue.pop()? else {
-                if queue.enable_doorbell()? {
-                    queue.disable_doorbell()?;
-                    continue;
-                }
-                break;
-            };
+            let Some(mut chain) = queue.pop_or_arm()? else { break };
             let bytes = message.encode(id, &port.spec, *size);
             let room = chain.writable.remaining();
             if chain.readable.remaining() > 0 {

@@ -98,13 +98,9 @@ impl Port {
             }
             let next = match self.partial.take() {
                 Some(chain) => Some(chain),
-                None => tx.pop()?,
+                None => tx.pop_or_arm()?,
             };
             let Some(mut chain) = next else {
-                if tx.enable_doorbell()? {
-                    tx.disable_doorbell()?;
-                    continue;
-                }
                 more = false;
                 break;
             };
@@ -135,13 +131,7 @@ impl Port {
             if done == source.len() {
                 break;
             }
-            let Some(mut chain) = rx.pop()? else {
-                if rx.enable_doorbell()? {
-                    rx.disable_doorbell()?;
-                    continue;
-                }
-                break;
-            };
+            let Some(mut chain) = rx.pop_or_arm()? else { break };
             if chain.readable.remaining() > 0 {
                 return Err(Violation::Protocol { reason: "a readable buffer in a receive queue" });
             }
