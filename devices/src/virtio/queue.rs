@@ -432,11 +432,15 @@ pub(super) fn ring(doorbell: &EventFd) {
 #[cfg(test)]
 mod tests {
     use std::io;
+    use std::sync::atomic::AtomicU32;
+    use std::time::Instant;
 
     use parking_lot::Mutex;
 
     use super::*;
-    use crate::testing::{Buffer, FakeDriver, INDIRECT, MEMORY_SIZE, NEXT, Used, WILD_ADDRESS, WRITE};
+    use crate::testing::{
+        Buffer, FakeDriver, INDIRECT, MEMORY_SIZE, NEXT, PATIENCE, Random, Used, WILD_ADDRESS, WRITE,
+    };
     use crate::virtio::device::{Activation, VirtioDevice};
 
     const SIZE: u16 = 8;
@@ -582,6 +586,47 @@ mod tests {
                 assert_eq!(shout(&mut rig, 10), Served::Empty);
                 assert_eq!(rig.driver.drain_used(0).len(), 2);
             }
+        }
+    }
+
+    #[test]
+    fn no_wake_up_is_missed_between_looking_and_arming() {
+        const ROUNDS: u32 = 20_000;
+        for features in [u64::MAX, 0] {
+            let Rig { mut driver, mut queue, .. } = rig_with(features);
+            let addr = driver.allocate(16);
+            driver.write_descriptor(0, 0, d(addr, 16, 0, 0));
+            let served = Arc::new(AtomicU32::new(0));
+            let (doorbell, counter) = (driver.doorbell(0), Arc::clone(&served));
+            let device = std::thread::spawn(move || {
+                let mut random = Random::new(1);
+                let mut count = 0;
+                while count < ROUNDS {
+                    await_or_fail(count, || doorbell.read().is_ok());
+                    queue.disable_doorbell().unwrap();
+                    while let Some(chain) = queue.pop_or_arm().unwrap() {
+                        queue.complete(chain.head, 0).unwrap();
+                        count += 1;
+                        counter.store(count, Ordering::Release);
+                        // The driver's next chain comes at any point of the next look.
+                        (0..random.below(200)).for_each(|_| std::hint::spin_loop());
+                    }
+                }
+            });
+            for round in 1..=ROUNDS {
+                driver.publish(0, 0);
+                driver.kick(0);
+                await_or_fail(round, || served.load(Ordering::Acquire) == round);
+            }
+            device.join().unwrap();
+        }
+    }
+
+    fn await_or_fail(round: u32, mut condition: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while !condition() {
+            assert!(start.elapsed() < PATIENCE, "a wake-up was missed in round {round}");
+            std::thread::yield_now();
         }
     }
 
@@ -737,7 +782,7 @@ mod tests {
 
     #[test]
     fn random_rings_never_hang_or_panic() {
-        let mut random = crate::testing::Random::new(0x7a42);
+        let mut random = Random::new(0x7a42);
         for _ in 0..200 {
             let mut rig = rig();
             let addr = rig.driver.allocate(4096);
