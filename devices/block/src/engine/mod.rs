@@ -99,7 +99,8 @@ pub enum Operation {
         /// What.
         buffers: Vec<Buffer>,
     },
-    /// Make all completed writes durable.
+    /// Make all completed writes durable. Once it has failed, without direct I/O, it fails for good:
+    /// nobody knows what the page cache has lost.
     Flush,
     /// The range's content is not needed any more; it reads as anything afterwards.
     Discard {
@@ -178,6 +179,7 @@ impl Engine {
             geometry: *disk.geometry(),
             durable: disk.cache() == Cache::Writethrough,
             lacks: Lacks::default(),
+            lost: None,
         };
         Ok(Self {
             kind,
@@ -304,7 +306,10 @@ impl Engine {
             }
             Operation::Flush => {
                 let void = self.disk.cache() == Cache::Unsafe || self.disk.is_read_only();
-                Ok((!void).then_some(Task::Sync))
+                match self.target.lost {
+                    Some(errno) => Err(errno),
+                    None => Ok((!void).then_some(Task::Sync)),
+                }
             }
             Operation::Discard { offset, length } => {
                 writable()?;

@@ -35,6 +35,20 @@ pub(super) struct Target {
     pub(super) durable: bool,
     /// The calls the host has refused as unsupported before.
     pub(super) lacks: Lacks,
+    /// A sync has failed, so the page cache may call clean what never reached the disk.
+    pub(super) lost: Option<Errno>,
+}
+
+impl Target {
+    /// The verdict on a sync. Linux tells a writeback error once and then forgets it, and the data: the
+    /// next sync would succeed for nothing. So the error stays. Direct I/O has no cache to lose from.
+    fn synced(&mut self, result: i32) -> Result<(), Errno> {
+        let outcome = outcome(result).map(drop);
+        if self.geometry.offset_alignment == 1 {
+            self.lost = self.lost.or(outcome.err());
+        }
+        outcome
+    }
 }
 
 /// What this file system or device was found not to do.
@@ -109,7 +123,7 @@ impl Task {
         match self {
             Self::Transfer(transfer) => transfer.advance(result),
             Self::Bounce(bounce) => bounce.advance(target, result),
-            Self::Sync | Self::Discard { synced: true, .. } => Progress::Done(outcome(result).map(drop)),
+            Self::Sync | Self::Discard { synced: true, .. } => Progress::Done(target.synced(result)),
             Self::Discard { synced, .. } => match outcome(result) {
                 Ok(_) if target.durable => {
                     *synced = true;
@@ -337,7 +351,7 @@ impl Zeroes {
 
     fn advance(&mut self, target: &mut Target, result: i32) -> Progress {
         match self.method {
-            Method::Sync => Progress::Done(outcome(result).map(drop)),
+            Method::Sync => Progress::Done(target.synced(result)),
             Method::Written => {
                 let Some((write, length)) = &mut self.write else {
                     return Progress::Done(Err(Errno::new(libc::EIO)));

@@ -225,9 +225,19 @@ fn interruptions_are_retried_and_errors_are_told() {
             rig.faults.inject(CallKind::Write, Fault::Error(code), 1);
             assert_eq!(rig.write(0, &mut [1; 512]), errno(code));
         }
+    }
+}
+
+#[test]
+fn a_flush_that_failed_is_not_forgotten_where_the_page_cache_may_have_lost_data() {
+    for (kind, direct) in kinds().into_iter().flat_map(|kind| [(kind, false), (kind, true)]) {
+        let image = image(MIB);
+        let mut rig = Rig::new(kind, &image, |options| options.direct = direct);
         rig.faults.inject(CallKind::Sync, Fault::Error(libc::EIO), 1);
         assert_eq!(rig.run(Operation::Flush), errno(libc::EIO));
-        assert_eq!(rig.run(Operation::Flush), Ok(()));
+        let after = rig.run(Operation::Flush);
+        assert_eq!(after, if direct { Ok(()) } else { errno(libc::EIO) });
+        assert_eq!(rig.write(0, &mut [1; 512]), Ok(()));
     }
 }
 

@@ -238,7 +238,11 @@ impl BlkBackend {
         let BlkOptions { id, serial, queues, read_error, write_error, engine } = options;
         let failed = |source| StartError::Host { id: id.clone(), source };
         let size = AtomicU64::new(disk.size());
+        let wanted = engine.kind;
         let engine = Engine::start(disk, &engine).map_err(failed)?;
+        if wanted.is_none() && engine.kind() == EngineKind::Threads {
+            tracing::info!(disk = id, "The host does not allow io_uring; the disk uses threads");
+        }
         let disk = engine.disk();
         let facts = BlkFacts {
             id: id.as_str().into(),

@@ -47,15 +47,12 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 pub use self::backend::{BlkBackend, BlkError, BlkFacts, BlkOptions, StartError, Ticket};
 use self::backend::{Command, Link};
 pub use self::policy::{DiskEvent, DiskOperation, ErrorAction, ErrorPolicy};
-use self::request::SECTOR;
+use self::request::{SECTOR, SEG_MAX};
 pub use self::statistics::BlkStatistics;
 use super::device::{Activation, VirtioDevice};
 
 /// Descriptors in a queue.
 const QUEUE_SIZE: u16 = 256;
-/// Segments of data in a request: a queueful without header and status, as QEMU has it. With indirect
-/// descriptors such a request takes one slot.
-const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// How long the driver may have to wait for its requests when it resets the device. A disk that hangs
 /// for longer is left in DEVICE_NEEDS_RESET.
 const SESSION_TIMEOUT: Duration = Duration::from_secs(30);

@@ -19,6 +19,8 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryMm
 
 use crate::virtio::queue::{Buffers, Chain, Head, Segment, Violation, Virtqueue};
 
+/// Segments of data in a request. As in QEMU: a queueful of 256 without header and status.
+pub(super) const SEG_MAX: u32 = 254;
 /// The unit of every address in the protocol, whatever the block size.
 pub(super) const SECTOR: u64 = 512;
 /// What one request may cover, which bounds how long a drain takes.
@@ -111,8 +113,9 @@ pub(super) struct Data {
 }
 
 impl Data {
-    /// The first `length` bytes of `buffers`.
-    fn new(buffers: &Buffers, length: u32) -> Self {
+    /// The first `length` bytes of `buffers`, in as many segments as were announced: requests are kept
+    /// while they are in flight, so their size is bounded.
+    fn new(buffers: &Buffers, length: u32) -> Result<Self, Status> {
         let mut left = length;
         let mut segments = Vec::with_capacity(buffers.segments().len());
         for segment in buffers.segments() {
@@ -122,7 +125,10 @@ impl Data {
             }
             left -= len;
         }
-        Self { segments, length }
+        if segments.len() > SEG_MAX as usize {
+            return Err(Status::IoError);
+        }
+        Ok(Self { segments, length })
     }
 
     /// Bytes.
@@ -268,12 +274,12 @@ fn parse_ask(
     let work = match kind {
         VIRTIO_BLK_T_IN => {
             let offset = locate_sectors(limits, sector, output)?;
-            Work::Read { offset, data: Data::new(writable, output) }
+            Work::Read { offset, data: Data::new(writable, output)? }
         }
         VIRTIO_BLK_T_OUT => {
             writable_disk(limits)?;
             let offset = locate_sectors(limits, sector, input)?;
-            Work::Write { offset, data: Data::new(&readable, input) }
+            Work::Write { offset, data: Data::new(&readable, input)? }
         }
         VIRTIO_BLK_T_DISCARD if limits.has(VIRTIO_BLK_F_DISCARD) => {
             writable_disk(limits)?;
@@ -284,7 +290,7 @@ fn parse_ask(
             Work::WriteZeroes(parse_ranges(memory, &mut readable, limits, &WRITE_ZEROES)?)
         }
         VIRTIO_BLK_T_FLUSH => Work::Flush,
-        VIRTIO_BLK_T_GET_ID => return Ok(Ask::Identify(Data::new(writable, output))),
+        VIRTIO_BLK_T_GET_ID => return Ok(Ask::Identify(Data::new(writable, output)?)),
         _ => return Err(Status::Unsupported),
     };
     Ok(Ask::Work(work))

@@ -463,16 +463,30 @@ fn a_request_that_makes_no_sense_gets_its_status() {
         let complete = expected == OK || writable == 0;
         assert_eq!(used.len, if complete { writable + 1 } else { 0 }, "{what}");
     }
+    assert_eq!(rig.image.as_file().metadata().unwrap().len(), MIB as u64);
+    assert!(!rig.driver.needs_reset());
+    assert_eq!(rig.write(0, &[1; 512]), OK);
+}
+
+#[test]
+fn a_request_of_the_wrong_shape_gets_an_error() {
+    let mut rig = rig();
+    // More segments than announced.
+    let read = header(wire::VIRTIO_BLK_T_IN, 0);
+    let mut buffers = vec![Buffer::Readable(&read)];
+    buffers.extend([Buffer::Writable(512); 255]);
+    buffers.push(Buffer::Writable(1));
+    rig.driver.add_indirect(0, &buffers);
+    rig.driver.kick(0);
+    assert_eq!(rig.wait(), IOERR);
     for length in [0, 1, 15] {
-        let short = header(IN, 0);
+        let short = header(wire::VIRTIO_BLK_T_IN, 0);
         let mut buffers = vec![Buffer::Readable(&short[..length]), Buffer::Writable(513)];
         buffers.drain(..usize::from(length == 0));
         rig.driver.send(0, &buffers);
         assert_eq!(rig.wait(), IOERR, "a header of {length} bytes");
     }
-    assert_eq!(rig.image.as_file().metadata().unwrap().len(), MIB as u64);
     assert!(!rig.driver.needs_reset());
-    assert_eq!(rig.write(0, &[1; 512]), OK);
 }
 
 #[test]
@@ -681,7 +695,8 @@ fn a_pause_fails_when_the_flush_does() {
     let error = rig.backend.pause().wait(PATIENCE).unwrap_err();
     assert!(matches!(error, BlkError::Flush { source, .. } if source.get() == libc::EIO), "{error}");
     rig.send_write(0, &[6; 512]);
-    rig.backend.pause().wait(PATIENCE).unwrap();
+    let again = rig.backend.pause().wait(PATIENCE);
+    assert!(matches!(again, Err(BlkError::Flush { .. })), "what the page cache has lost stays lost");
     assert!(rig.driver.drain_used(0).is_empty(), "paused all the same");
     rig.backend.resume().wait(PATIENCE).unwrap();
     assert_eq!(rig.wait(), OK);
@@ -758,7 +773,8 @@ fn a_full_disk_holds_requests_until_there_is_room() {
 #[test]
 fn held_requests_are_done_again_in_the_order_they_came() {
     let mut rig = Setup::new(MIB)
-        .with(|_, blk| {
+        .with(|disk, blk| {
+            disk.direct = true;
             blk.write_error = ErrorPolicy::Stop;
             blk.engine.kind = Some(EngineKind::Threads);
             blk.engine.depth = 1;
@@ -768,7 +784,7 @@ fn held_requests_are_done_again_in_the_order_they_came() {
     rig.faults.inject(CallKind::Sync, Fault::Error(libc::EIO), 1);
     rig.faults.hold();
     (0..5).for_each(|i| {
-        rig.send_write(0, &[i; 512]);
+        rig.send_write(0, &[i; 4096]);
     });
     let flush = header(wire::VIRTIO_BLK_T_FLUSH, 0);
     rig.driver.send(0, &[Buffer::Readable(&flush), Buffer::Writable(1)]);
