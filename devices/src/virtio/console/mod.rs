@@ -108,8 +108,8 @@ pub enum PortEvent {
     /// A program in the guest has opened the port (or the kernel has taken a console into use). What could not be
     /// written before may fit now.
     GuestOpened(usize),
-    /// The guest end was closed, or the guest has forgotten the port. What it had sent before may still be there
-    /// to be read.
+    /// The guest end was closed, or the guest has forgotten the port. If what it had sent before is still there to
+    /// be read, [`PortEvent::Readable`] comes first.
     GuestClosed(usize),
     /// The guest has sent something.
     Readable(usize),
@@ -452,6 +452,10 @@ impl State {
         for (index, port) in self.ports.iter_mut().enumerate() {
             while let Some(open) = port.control.guest.pending() {
                 port.control.guest.tell(open);
+                // The doorbells of data and control may be answered in any order; last words come before the end.
+                if !open && port.is_readable().unwrap_or(false) {
+                    events.push(PortEvent::Readable(index));
+                }
                 events.push(if open { PortEvent::GuestOpened(index) } else { PortEvent::GuestClosed(index) });
             }
         }

@@ -156,6 +156,15 @@ fn the_guest_end_opens_and_closes() {
 }
 
 #[test]
+fn the_last_words_come_before_the_closing_whatever_is_answered_first() {
+    let mut rig = Rig::connected(ALL);
+    rig.driver.send(AGENT_TX, &[Buffer::Readable(b"bye")]);
+    rig.say(1, 6, 0);
+    assert_eq!(rig.turn(), [Readable(AGENT), GuestClosed(AGENT), Readable(AGENT)]);
+    assert_eq!(rig.read_all(AGENT, 10), b"bye");
+}
+
+#[test]
 fn the_host_end_opens_and_closes_and_no_closing_is_lost() {
     let mut rig = Rig::connected(ALL);
     for open in [false, true] {
