@@ -28,8 +28,6 @@ pub enum RunState {
     Paused,
     /// vCPUs stopped because a disk failed under policy `stop`; the request is held.
     IoError,
-    /// The guest is in ACPI S3.
-    Suspended,
     /// The guest told that it panicked.
     GuestPanicked,
     /// KVM cannot run the guest any further.
@@ -40,12 +38,11 @@ pub enum RunState {
 
 impl RunState {
     /// All of them, for tests and for the schema.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 7] = [
         Self::Prelaunch,
         Self::Running,
         Self::Paused,
         Self::IoError,
-        Self::Suspended,
         Self::GuestPanicked,
         Self::InternalError,
         Self::Shutdown,
@@ -58,7 +55,6 @@ impl RunState {
             Self::Running => "running",
             Self::Paused => "paused",
             Self::IoError => "io-error",
-            Self::Suspended => "suspended",
             Self::GuestPanicked => "guest-panicked",
             Self::InternalError => "internal-error",
             Self::Shutdown => "shutdown",
@@ -68,5 +64,214 @@ impl RunState {
     /// Whether vCPUs run.
     pub fn is_running(self) -> bool {
         self == Self::Running
+    }
+}
+
+/// What happens to a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Input {
+    /// A client lets the guest run.
+    Cont,
+    /// A client stops the guest.
+    Stop,
+    /// A client, or a signal, ends the VM.
+    Quit,
+    /// A client resets the VM, or the guest does and policy lets it.
+    Reset,
+    /// The guest switched itself off and policy ends the VM.
+    GuestShutdown,
+    /// The guest switched itself off, and policy keeps the VM for inspection.
+    GuestShutdownKept,
+    /// The guest panicked and policy keeps the VM for inspection.
+    GuestPanic,
+    /// KVM cannot run a vCPU any further.
+    VcpuFault,
+    /// A disk failed under policy `stop`.
+    IoError,
+}
+
+impl Input {
+    /// All of them, for tests.
+    pub const ALL: [Self; 9] = [
+        Self::Cont,
+        Self::Stop,
+        Self::Quit,
+        Self::Reset,
+        Self::GuestShutdown,
+        Self::GuestShutdownKept,
+        Self::GuestPanic,
+        Self::VcpuFault,
+        Self::IoError,
+    ];
+}
+
+/// What has to be done before the new state may be published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Effect {
+    /// Nothing.
+    Nothing,
+    /// Stop vCPUs, drain and flush disks.
+    Pause,
+    /// Stop vCPUs; disks hold what failed.
+    Halt,
+    /// Resume disks, then vCPUs.
+    Resume,
+    /// Build the machine anew from the same configuration; run it if the new state says so.
+    Reset,
+    /// End the VM.
+    Teardown,
+}
+
+/// An input that the state does not admit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+#[error("A VM in state {} does not take {input:?}", state.name())]
+pub struct Denied {
+    /// The state.
+    pub state: RunState,
+    /// The input.
+    pub input: Input,
+}
+
+impl RunState {
+    /// Where `input` leads, and what it takes.
+    ///
+    /// # Errors
+    ///
+    /// [`Denied`]: a client gets an error; a guest event that can only be a leftover is dropped.
+    pub fn on(self, input: Input) -> Result<(Self, Effect), Denied> {
+        use Effect::{Halt, Nothing, Pause, Reset, Resume, Teardown};
+        use RunState::{GuestPanicked, InternalError, IoError, Paused, Prelaunch, Running, Shutdown};
+        let next = match (self, input) {
+            (_, Input::Quit) => (Shutdown, Teardown),
+
+            (Running, Input::Cont) => (Running, Nothing),
+            (Prelaunch | Paused | IoError, Input::Cont) => (Running, Resume),
+            (GuestPanicked | InternalError | Shutdown, Input::Cont) => return self.deny(input),
+
+            (Running, Input::Stop) => (Paused, Pause),
+            // Repeats drain and flush again, as in QEMU: the reply always means "quiet on disk".
+            (Paused, Input::Stop) => (Paused, Pause),
+            // The held request stays held: there is nothing to drain.
+            (IoError, Input::Stop) => (Paused, Nothing),
+            (Prelaunch | GuestPanicked | InternalError | Shutdown, Input::Stop) => return self.deny(input),
+
+            (Running, Input::Reset) => (Running, Reset),
+            (Prelaunch | Paused | IoError | GuestPanicked | InternalError | Shutdown, Input::Reset) => {
+                (Prelaunch, Reset)
+            }
+
+            // Events of the guest. One that arrives during a pause is applied, not dropped; before the first
+            // instruction and after the last there are none.
+            (Running | Paused | IoError, Input::GuestShutdown) => (Shutdown, Teardown),
+            (Running, Input::GuestShutdownKept) => (Shutdown, Pause),
+            (Paused | IoError, Input::GuestShutdownKept) => (Shutdown, Nothing),
+            (Running, Input::GuestPanic) => (GuestPanicked, Pause),
+            (Paused | IoError, Input::GuestPanic) => (GuestPanicked, Nothing),
+            (Running, Input::VcpuFault) => (InternalError, Pause),
+            (Paused | IoError, Input::VcpuFault) => (InternalError, Nothing),
+            (Running, Input::IoError) => (IoError, Halt),
+            (Paused | IoError, Input::IoError) => (IoError, Nothing),
+            (
+                Prelaunch | GuestPanicked | InternalError | Shutdown,
+                Input::GuestShutdown
+                | Input::GuestShutdownKept
+                | Input::GuestPanic
+                | Input::VcpuFault
+                | Input::IoError,
+            ) => return self.deny(input),
+        };
+        Ok(next)
+    }
+
+    fn deny(self, input: Input) -> Result<(Self, Effect), Denied> {
+        Err(Denied { state: self, input })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The whole table, a row per state, in the order of [`Input::ALL`]; `-` is denied.
+    const TABLE: [(RunState, [&str; 9]); 7] = [
+        (
+            RunState::Prelaunch,
+            ["running Resume", "-", "shutdown Teardown", "prelaunch Reset", "-", "-", "-", "-", "-"],
+        ),
+        (
+            RunState::Running,
+            [
+                "running Nothing",
+                "paused Pause",
+                "shutdown Teardown",
+                "running Reset",
+                "shutdown Teardown",
+                "shutdown Pause",
+                "guest-panicked Pause",
+                "internal-error Pause",
+                "io-error Halt",
+            ],
+        ),
+        (
+            RunState::Paused,
+            [
+                "running Resume",
+                "paused Pause",
+                "shutdown Teardown",
+                "prelaunch Reset",
+                "shutdown Teardown",
+                "shutdown Nothing",
+                "guest-panicked Nothing",
+                "internal-error Nothing",
+                "io-error Nothing",
+            ],
+        ),
+        (
+            RunState::IoError,
+            [
+                "running Resume",
+                "paused Nothing",
+                "shutdown Teardown",
+                "prelaunch Reset",
+                "shutdown Teardown",
+                "shutdown Nothing",
+                "guest-panicked Nothing",
+                "internal-error Nothing",
+                "io-error Nothing",
+            ],
+        ),
+        (
+            RunState::GuestPanicked,
+            ["-", "-", "shutdown Teardown", "prelaunch Reset", "-", "-", "-", "-", "-"],
+        ),
+        (
+            RunState::InternalError,
+            ["-", "-", "shutdown Teardown", "prelaunch Reset", "-", "-", "-", "-", "-"],
+        ),
+        (RunState::Shutdown, ["-", "-", "shutdown Teardown", "prelaunch Reset", "-", "-", "-", "-", "-"]),
+    ];
+
+    #[test]
+    fn every_pair_of_state_and_input_is_decided_as_the_table_says() {
+        assert_eq!(TABLE.map(|(state, _)| state), RunState::ALL);
+        for (state, row) in TABLE {
+            for (input, expected) in Input::ALL.into_iter().zip(row) {
+                let got = match state.on(input) {
+                    Ok((next, effect)) => format!("{} {effect:?}", next.name()),
+                    Err(denied) => {
+                        assert_eq!(denied, Denied { state, input });
+                        "-".to_owned()
+                    }
+                };
+                assert_eq!(got, expected, "{state:?} on {input:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_running_vm_always_has_a_way_to_stop_and_every_state_can_be_left_by_quit() {
+        for state in RunState::ALL {
+            assert_eq!(state.on(Input::Quit), Ok((RunState::Shutdown, Effect::Teardown)));
+        }
     }
 }

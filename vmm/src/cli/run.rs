@@ -7,17 +7,16 @@
 //! ```
 
 mod detach;
-mod entry;
 mod exec;
 mod flags;
 pub(super) mod guest_image;
 
 use anyhow::Context;
 
-use self::entry::{Foreground, Terminal};
 use super::{Global, doctor, output};
 use crate::config::VmSpec;
 use crate::run_dir::RunDir;
+use crate::vm::{self, Foreground, Outcome, Terminal};
 
 pub(super) use flags::RunArgs;
 
@@ -67,8 +66,8 @@ fn start(spec: &VmSpec, dir: &RunDir, foreground: Foreground) -> anyhow::Result<
     Ok(outcome.exit)
 }
 
-fn run_vm(spec: &VmSpec, dir: &RunDir, foreground: Foreground) -> anyhow::Result<entry::Outcome> {
-    entry::run(spec, dir, foreground)
+fn run_vm(spec: &VmSpec, dir: &RunDir, foreground: Foreground) -> anyhow::Result<Outcome> {
+    vm::run(spec, dir, foreground)
         .map_err(|error| match doctor::explain_kvm() {
             // The way to a KVM that can be used says more than what failed without it.
             Some(explained) => explained,

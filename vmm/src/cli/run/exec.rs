@@ -19,11 +19,11 @@ use anyhow::anyhow;
 use coordinator::recipes::ExecRequest;
 use coordinator::{GuestSession, Map, MonitorSession};
 
-use super::entry::{Foreground, Outcome, Terminal};
 use crate::cli::exec::{read_input, run_and_pass_on};
 use crate::cli::output;
 use crate::config::VmSpec;
 use crate::run_dir::{RunDir, VmPaths};
+use crate::vm::{Foreground, Outcome, Terminal};
 
 /// What is to be run, and how.
 pub(super) struct Plan {

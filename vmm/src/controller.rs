@@ -1,0 +1,387 @@
+//! The sole owner of the run state and the machine: asks [`RunState::on`] what an input means, does it, and only
+//! then says so.
+//!
+//! ```text
+//!   client verb ─┐                    ┌─ Pause:    vCPUs stop → disks drain and flush
+//!   guest event ─┼─▶ RunState::on ────┼─ Resume:   disks go on (held requests first) → vCPUs run
+//!   disk error  ─┘    │ denied        ├─ Reset:    machine dropped, built anew, run if it ran
+//!                     ▼               └─ Teardown: vCPUs end → disks drain and flush
+//!                  error or log                  │ done: state and events are published
+//!                                                ▼
+//!                                       take_events ──▶ monitor
+//! ```
+
+use std::mem;
+use std::time::Duration;
+
+use devices::virtio::blk::{BlkBackend, BlkError, DiskEvent, DiskOperation, ErrorAction, Ticket};
+use devices::virtio::console::PortSpec;
+use kvm_ioctls::Kvm;
+
+use crate::boot::BootFiles;
+use crate::config::{GuestAction, VmSpec};
+use crate::machine::Machine;
+use crate::machine::builder::{self, MachineError, Parts};
+use crate::machine::notify::Notifier;
+use crate::monitor::{Event, IoErrorAction, PanicAction, ShutdownCause};
+use crate::run_state::{Denied, Effect, Input, RunState};
+use crate::vcpu::{VcpuError, VcpuEvent};
+
+/// How long a disk may take to finish what is in flight and to flush: as long as slow storage is still alive.
+const DISK_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Why an input had no effect.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The state does not admit it.
+    #[error(transparent)]
+    Denied(#[from] Denied),
+    /// A vCPU does not do what it is told.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A disk cannot be drained or flushed: what the guest believes written may not be.
+    #[error(transparent)]
+    Disk(#[from] BlkError),
+    /// The machine cannot be built again.
+    #[error("Cannot build the machine again")]
+    Rebuild {
+        /// Why.
+        source: MachineError,
+    },
+}
+
+/// How a VM ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended {
+    /// Exit status that policy asks for.
+    pub exit: u8,
+    /// Who ended it.
+    pub cause: ShutdownCause,
+}
+
+/// What a VM is made of, whatever becomes of its machine.
+pub struct Fixed {
+    /// The configuration.
+    pub spec: VmSpec,
+    /// /dev/kvm.
+    pub kvm: Kvm,
+    /// Kernel, initrd, command line.
+    pub boot: BootFiles,
+    /// Disks in order, with their threads and locks.
+    pub disks: Vec<BlkBackend>,
+    /// Ports of the virtio-serial device.
+    pub ports: Vec<PortSpec>,
+    /// Where other threads report.
+    pub events: Notifier,
+}
+
+impl Fixed {
+    fn build(&self) -> Result<Machine, MachineError> {
+        let Self { spec, kvm, boot, disks, ports, events } = self;
+        builder::build(&Parts { spec, kvm, boot, disks, ports, events })
+    }
+}
+
+/// The owner of a VM.
+pub struct Controller {
+    fixed: Fixed,
+    /// `None` only when a reset failed to build a new one.
+    machine: Option<Machine>,
+    state: RunState,
+    /// What has not been told yet.
+    events: Vec<Event>,
+    ended: Option<Ended>,
+    loss: Option<ControlError>,
+    /// Counts machines: another number means other doorbells.
+    generation: u64,
+    /// Disks whose last error stopped the VM: `true` when the host was out of space.
+    failed_disks: Vec<Option<bool>>,
+}
+
+impl Controller {
+    /// Builds the machine, in state prelaunch.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be built.
+    pub fn new(fixed: Fixed) -> Result<Self, MachineError> {
+        let machine = fixed.build()?;
+        let failed_disks = vec![None; fixed.disks.len()];
+        Ok(Self {
+            fixed,
+            machine: Some(machine),
+            state: RunState::Prelaunch,
+            events: vec![],
+            ended: None,
+            loss: None,
+            generation: 0,
+            failed_disks,
+        })
+    }
+
+    /// The configuration and the parts that outlive machines.
+    pub fn fixed(&self) -> &Fixed {
+        &self.fixed
+    }
+
+    /// The machine; `None` only after a failed reset.
+    pub fn machine(&self) -> Option<&Machine> {
+        self.machine.as_ref()
+    }
+
+    /// Counts machines: another number means other doorbells.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// What `query-status` says.
+    pub fn state(&self) -> RunState {
+        self.state
+    }
+
+    /// How the VM ended, once it has.
+    pub fn ended(&self) -> Option<Ended> {
+        self.ended
+    }
+
+    /// Whether disk `index` has stopped the VM: `Some(true)` when the host was out of space.
+    pub fn disk_failure(&self, index: usize) -> Option<bool> {
+        self.failed_disks.get(index).copied().flatten()
+    }
+
+    /// What happened since the last call, in order.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        mem::take(&mut self.events)
+    }
+
+    /// Lets the guest run.
+    ///
+    /// # Errors
+    ///
+    /// See [`ControlError`].
+    pub fn cont(&mut self) -> Result<(), ControlError> {
+        self.apply(Input::Cont, &[])
+    }
+
+    /// Stops the guest and brings its disks to rest.
+    ///
+    /// # Errors
+    ///
+    /// See [`ControlError`]; the guest runs on then.
+    pub fn stop(&mut self) -> Result<(), ControlError> {
+        self.apply(Input::Stop, &[])
+    }
+
+    /// Starts the guest again.
+    ///
+    /// # Errors
+    ///
+    /// See [`ControlError`]; the VM is in state internal-error then.
+    pub fn reset(&mut self, cause: ShutdownCause) -> Result<(), ControlError> {
+        self.apply(Input::Reset, &[Event::Reset(cause)])
+    }
+
+    /// Ends the VM.
+    ///
+    /// # Errors
+    ///
+    /// None in any state; the type is that of the other verbs.
+    pub fn quit(&mut self, exit: u8, cause: ShutdownCause) -> Result<(), ControlError> {
+        self.end(Input::Quit, Ended { exit, cause })
+    }
+
+    /// Why a disk was not brought to rest at the end: data that the guest had not flushed may be lost.
+    pub fn take_loss(&mut self) -> Option<ControlError> {
+        self.loss.take()
+    }
+
+    /// A vCPU has something to say.
+    ///
+    /// # Errors
+    ///
+    /// What policy asks for cannot be done.
+    pub fn vcpu_event(&mut self, index: u8, event: VcpuEvent) -> Result<(), ControlError> {
+        let on = self.fixed.spec.on_guest;
+        let done = match event {
+            VcpuEvent::Shutdown => {
+                self.guest_end(on.shutdown, Input::GuestShutdownKept, ShutdownCause::GuestShutdown)
+            }
+            VcpuEvent::Reset => self.guest_end(on.reset, Input::GuestShutdownKept, ShutdownCause::GuestReset),
+            VcpuEvent::TripleFault => {
+                tracing::warn!(index, "The guest triple-faulted");
+                self.guest_end(on.reset, Input::GuestShutdownKept, ShutdownCause::GuestReset)
+            }
+            VcpuEvent::Panicked => self.guest_panicked(on.panic),
+            VcpuEvent::CrashLoaded => {
+                tracing::warn!("The guest panicked, and its crash kernel takes over");
+                Ok(())
+            }
+            VcpuEvent::Fault(fault) => {
+                tracing::error!(index, "The guest cannot run any further: {fault}");
+                self.apply(Input::VcpuFault, &[])
+            }
+        };
+        // A leftover of a machine that has been stopped for good meanwhile.
+        match done {
+            Err(ControlError::Denied(denied)) => {
+                tracing::debug!(%denied, "Late event of a vCPU");
+                Ok(())
+            }
+            done => done,
+        }
+    }
+
+    /// A disk has met an error.
+    ///
+    /// # Errors
+    ///
+    /// The vCPUs cannot be stopped.
+    pub fn disk_event(&mut self, event: &DiskEvent) -> Result<(), ControlError> {
+        let DiskEvent::IoError { disk, operation, action, nospace, errno, sector } = event;
+        self.events.push(Event::BlockIoError {
+            device: disk.to_string(),
+            node_name: disk.to_string(),
+            write: *operation != DiskOperation::Read,
+            action: match action {
+                ErrorAction::Report => IoErrorAction::Report,
+                ErrorAction::Ignore => IoErrorAction::Ignore,
+                ErrorAction::Stop => IoErrorAction::Stop,
+            },
+            nospace: *nospace,
+            reason: errno.to_string(),
+        });
+        if *action != ErrorAction::Stop {
+            return Ok(());
+        }
+        tracing::error!(%disk, ?operation, sector, "{errno}: the VM stops, `cont` tries again");
+        let index = self.fixed.disks.iter().position(|backend| backend.facts().id == *disk);
+        if let Some(failure) = index.and_then(|index| self.failed_disks.get_mut(index)) {
+            *failure = Some(*nospace);
+        }
+        match self.apply(Input::IoError, &[]) {
+            Err(ControlError::Denied(_)) => Ok(()),
+            done => done,
+        }
+    }
+
+    fn guest_end(
+        &mut self,
+        action: GuestAction,
+        keep: Input,
+        cause: ShutdownCause,
+    ) -> Result<(), ControlError> {
+        match action {
+            GuestAction::Exit(exit) => self.end(Input::GuestShutdown, Ended { exit, cause }),
+            GuestAction::Pause => self.apply(keep, &[Event::Shutdown(cause)]),
+            GuestAction::Reset => self.reset(cause),
+        }
+    }
+
+    fn guest_panicked(&mut self, action: GuestAction) -> Result<(), ControlError> {
+        tracing::error!("The guest's kernel panicked");
+        let told = match action {
+            GuestAction::Exit(_) => PanicAction::Poweroff,
+            GuestAction::Pause => PanicAction::Pause,
+            GuestAction::Reset => PanicAction::Run,
+        };
+        let event = Event::GuestPanicked(told);
+        match action {
+            GuestAction::Exit(exit) => {
+                self.apply(Input::GuestPanic, &[event])?;
+                self.end(Input::Quit, Ended { exit, cause: ShutdownCause::GuestPanic })
+            }
+            GuestAction::Pause => self.apply(Input::GuestPanic, &[event]),
+            GuestAction::Reset => {
+                self.events.push(event);
+                self.reset(ShutdownCause::GuestPanic)
+            }
+        }
+    }
+
+    fn end(&mut self, input: Input, ended: Ended) -> Result<(), ControlError> {
+        if self.ended.is_some() {
+            return Ok(());
+        }
+        let (state, _) = self.state.on(input)?;
+        self.tear_down();
+        self.state = state;
+        self.ended = Some(ended);
+        self.events.push(Event::Shutdown(ended.cause));
+        Ok(())
+    }
+
+    /// The one place where a state changes: decide, do, publish. `first` are events that come before STOP or RESUME.
+    fn apply(&mut self, input: Input, first: &[Event]) -> Result<(), ControlError> {
+        let before = self.state;
+        let (state, effect) = before.on(input)?;
+        match effect {
+            Effect::Nothing => {}
+            Effect::Pause => self.pause(before)?,
+            Effect::Halt => self.with_machine(Machine::pause_vcpus)?,
+            Effect::Resume => self.resume()?,
+            Effect::Reset => self.rebuild(state)?,
+            Effect::Teardown => self.tear_down(),
+        }
+        self.state = state;
+        self.events.extend_from_slice(first);
+        match (before.is_running(), state.is_running()) {
+            (true, false) => self.events.push(Event::Stop),
+            (false, true) => self.events.push(Event::Resume),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn with_machine(&self, verb: impl Fn(&Machine) -> Result<(), VcpuError>) -> Result<(), ControlError> {
+        self.machine.as_ref().map_or(Ok(()), |machine| Ok(verb(machine)?))
+    }
+
+    /// vCPUs first, then the disks, each drained and flushed. If one fails, everything runs on as before.
+    fn pause(&self, before: RunState) -> Result<(), ControlError> {
+        self.with_machine(Machine::pause_vcpus)?;
+        let paused = self.each_disk(BlkBackend::pause);
+        if paused.is_err() && before.is_running() {
+            self.resume()?;
+        }
+        paused
+    }
+
+    fn resume(&self) -> Result<(), ControlError> {
+        self.each_disk(BlkBackend::resume)?;
+        self.with_machine(Machine::resume_vcpus)
+    }
+
+    /// Tells all disks, then waits for all: as long as the slowest. The first error is returned, the others logged.
+    fn each_disk(&self, verb: impl Fn(&BlkBackend) -> Ticket<()>) -> Result<(), ControlError> {
+        let tickets: Vec<_> = self.fixed.disks.iter().map(verb).collect();
+        let mut result = Ok(());
+        for ticket in tickets {
+            if let Err(error) = ticket.wait(DISK_TIMEOUT) {
+                tracing::error!(error = &error as &dyn std::error::Error, "A disk does not follow");
+                result = result.and(Err(error.into()));
+            }
+        }
+        result
+    }
+
+    fn rebuild(&mut self, next: RunState) -> Result<(), ControlError> {
+        self.machine = None;
+        self.generation += 1;
+        match self.fixed.build() {
+            Ok(machine) => self.machine = Some(machine),
+            Err(source) => {
+                self.state = RunState::InternalError;
+                return Err(ControlError::Rebuild { source });
+            }
+        }
+        self.failed_disks.fill(None);
+        if next.is_running() { self.resume() } else { Ok(()) }
+    }
+
+    /// Ends the vCPUs, then brings every disk to rest. What fails is kept for [`Self::take_loss`].
+    fn tear_down(&mut self) {
+        self.machine = None;
+        self.generation += 1;
+        self.loss = self.each_disk(BlkBackend::pause).err();
+    }
+}

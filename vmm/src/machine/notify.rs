@@ -1,0 +1,72 @@
+//! How vCPU and disk threads tell the control loop something: post and go on, never wait.
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+
+use devices::virtio::blk::DiskEvent;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::vcpu::VcpuEvent;
+
+/// What other threads have to say.
+#[derive(Debug)]
+pub enum VmEvent {
+    /// A vCPU stopped by itself and is parked, or tells of the guest.
+    Vcpu {
+        /// Which one.
+        index: u8,
+        /// What happened.
+        event: VcpuEvent,
+    },
+    /// A disk has met an I/O error.
+    Disk(DiskEvent),
+}
+
+/// The sending side; one clone per thread.
+#[derive(Clone)]
+pub struct Notifier {
+    events: Sender<VmEvent>,
+    wake: Arc<EventFd>,
+}
+
+impl Notifier {
+    /// Posts. The control loop may be gone already: then nobody is interested.
+    pub fn post(&self, event: VmEvent) {
+        if self.events.send(event).is_ok()
+            && let Err(error) = self.wake.write(1)
+        {
+            tracing::error!(%error, "Cannot wake the control loop");
+        }
+    }
+}
+
+/// The control loop's side.
+pub struct Inbox {
+    events: Receiver<VmEvent>,
+    wake: Arc<EventFd>,
+}
+
+impl Inbox {
+    /// Readable when something was posted.
+    pub fn wake(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// The next event. Drains the wake-up first, so that none is missed.
+    pub fn next(&self) -> Option<VmEvent> {
+        // Nothing to read is fine: the event may have been taken by an earlier round.
+        let _ = self.wake.read();
+        self.events.try_recv().ok()
+    }
+}
+
+/// A pair.
+///
+/// # Errors
+///
+/// No descriptor left.
+pub fn channel() -> std::io::Result<(Notifier, Inbox)> {
+    let (sender, receiver) = mpsc::channel();
+    let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+    Ok((Notifier { events: sender, wake: Arc::clone(&wake) }, Inbox { events: receiver, wake }))
+}

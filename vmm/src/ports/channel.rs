@@ -1,0 +1,129 @@
+//! A named virtio-serial port with a unix socket at its host end: one client, every byte.
+
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use crate::event_loop::{Interest, Token, Watch};
+use crate::ports::CHUNK;
+use crate::socket::{Connection, Listener, Received, SocketError};
+
+/// Output held for a client before the guest has to wait.
+const OUTPUT_MAX: usize = 256 << 10;
+
+/// What became of the host end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// A client is there: open the port.
+    Opened,
+    /// It is gone: close the port, forget what it had not taken.
+    Closed,
+}
+
+/// The host end of a channel.
+pub struct ChannelHost {
+    listener: Listener,
+    client: Option<Connection>,
+    token: u16,
+    /// Bytes of the client that the guest has not taken.
+    input: Vec<u8>,
+    /// The client has shut down its sending side; it may still read.
+    ended: bool,
+}
+
+impl ChannelHost {
+    /// Listens on `path`. `token` is the index of its tokens.
+    ///
+    /// # Errors
+    ///
+    /// The socket cannot be made.
+    pub fn bind(path: &Path, token: u16, watch: &mut dyn Watch) -> Result<Self, SocketError> {
+        let listener = Listener::bind(path)?;
+        watch.set(listener.as_raw_fd(), Token::PortListener(token), Interest::READ);
+        Ok(Self { listener, client: None, token, input: Vec::new(), ended: false })
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        self.listener.path()
+    }
+
+    /// Whether a client is there.
+    pub fn is_open(&self) -> bool {
+        self.client.is_some()
+    }
+
+    /// Someone connects. One client at a time: others wait in the kernel's queue until it leaves.
+    pub fn accept(&mut self, watch: &mut dyn Watch) -> Option<Change> {
+        if self.client.is_some() {
+            return None;
+        }
+        self.client = Some(self.listener.accept()?);
+        self.ended = false;
+        watch.set(self.listener.as_raw_fd(), Token::PortListener(self.token), Interest::NONE);
+        self.settle(watch);
+        Some(Change::Opened)
+    }
+
+    /// The client has sent something, taken something, or left.
+    pub fn client_ready(&mut self, watch: &mut dyn Watch) -> Option<Change> {
+        let client = self.client.as_mut()?;
+        client.flush();
+        let mut gone = client.is_broken();
+        if self.input.is_empty() && !self.ended {
+            let mut buffer = vec![0; CHUNK];
+            match client.receive_bytes(&mut buffer) {
+                Received::Data(len) => self.input.extend_from_slice(&buffer[..len]),
+                Received::Nothing => {}
+                Received::End => self.ended = true,
+                Received::Broken => gone = true,
+            }
+        }
+        // A client that only stopped sending stays until it has hung up, so that it gets its answers.
+        let finished = self.ended && self.input.is_empty() && client.is_hung_up();
+        if gone || finished {
+            return self.close(watch);
+        }
+        self.settle(watch);
+        None
+    }
+
+    /// Bytes for the guest.
+    pub fn input(&self) -> &[u8] {
+        &self.input
+    }
+
+    /// The guest has taken `count` of them.
+    pub fn consumed(&mut self, count: usize, watch: &mut dyn Watch) {
+        self.input.drain(..count.min(self.input.len()));
+        self.settle(watch);
+    }
+
+    /// Whether bytes of the guest are wanted: not while the client lags behind.
+    pub fn wants_output(&self) -> bool {
+        self.client.as_ref().is_some_and(|client| client.queued() < OUTPUT_MAX)
+    }
+
+    /// Bytes of the guest.
+    pub fn output(&mut self, bytes: &[u8], watch: &mut dyn Watch) {
+        if let Some(client) = &mut self.client {
+            client.send(bytes.to_vec());
+            client.flush();
+        }
+        self.settle(watch);
+    }
+
+    fn settle(&mut self, watch: &mut dyn Watch) {
+        let read = self.input.is_empty() && !self.ended;
+        if let Some(client) = &mut self.client {
+            let interest = Interest { read, write: client.queued() > 0 };
+            client.watch(Token::PortClient(self.token), interest, watch);
+        }
+    }
+
+    fn close(&mut self, watch: &mut dyn Watch) -> Option<Change> {
+        self.client.take()?.close(watch);
+        self.input.clear();
+        watch.set(self.listener.as_raw_fd(), Token::PortListener(self.token), Interest::READ);
+        Some(Change::Closed)
+    }
+}
