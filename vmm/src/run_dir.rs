@@ -203,14 +203,18 @@ impl RunDir {
     /// # Errors
     /// The name is taken or impossible, or the directory cannot be made.
     pub fn create(name: &str) -> Result<Self, RunDirError> {
-        Self::create_below(&base(), name)
+        Self::create_in(&base(), name)
     }
 
-    fn create_below(base: &Path, name: &str) -> Result<Self, RunDirError> {
+    /// [`create`](Self::create) below another base directory.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn create_in(base: &Path, name: &str) -> Result<Self, RunDirError> {
         let paths = VmPaths::below(base, name)?;
         make_base(base)?;
         for _ in 0..ATTEMPTS {
-            make_private(&paths.dir).map_err(io_error("create", &paths.dir))?;
+            let is_new = make_private(&paths.dir).map_err(io_error("create", &paths.dir))?;
             let path = paths.dir.join(LOCK);
             let mut options = OpenOptions::new();
             options.read(true).write(true).create(true).truncate(false);
@@ -224,7 +228,9 @@ impl RunDir {
                 return Err(RunDirError::AlreadyRunning { name: name.to_owned(), pid: paths.read_pid() });
             }
             if same_file(&lock, &path) {
-                paths.sweep();
+                if !is_new {
+                    paths.sweep();
+                }
                 let dir = Self { paths, _lock: lock };
                 dir.write("pid", format!("{}\n", std::process::id()).as_bytes())?;
                 return Ok(dir);
@@ -293,9 +299,12 @@ impl RunningVm {
     }
 
     fn open_below(base: &Path, name: &str) -> Result<Self, RunDirError> {
-        let paths = VmPaths::below(base, name)?;
+        Self::open_at(VmPaths::below(base, name)?)
+    }
+
+    fn open_at(paths: VmPaths) -> Result<Self, RunDirError> {
         if !paths.is_locked() {
-            return Err(RunDirError::NotRunning { name: name.to_owned() });
+            return Err(RunDirError::NotRunning { name: paths.name });
         }
         let pid = paths.read_pid();
         Ok(Self { paths, pid })
@@ -321,9 +330,25 @@ impl RunningVm {
         Ok(vms)
     }
 
+    /// Looks again: is it still, or again, running?
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn again(&self) -> Result<Self, RunDirError> {
+        Self::open_at(self.paths.clone())
+    }
+
     /// Whether its process still lives.
     pub fn is_alive(&self) -> bool {
         self.paths.is_locked()
+    }
+
+    /// Removes what it left when it was killed. Does nothing if one of its name runs (again).
+    pub fn sweep_dead(&self) {
+        if let Some(base) = self.dir.parent() {
+            // To own the directory for a moment is all it takes.
+            drop(RunDir::create_in(base, &self.name));
+        }
     }
 
     /// When it was started.
@@ -335,12 +360,6 @@ impl RunningVm {
     pub fn config(&self) -> Option<VmSpec> {
         serde_json::from_slice(&fs::read(self.config_file()).ok()?).ok()
     }
-}
-
-/// Removes what a VM left that was killed. Does nothing when one of that name runs (again).
-pub fn sweep_dead(name: &str) {
-    // To own the directory for a moment is all it takes.
-    drop(RunDir::create(name));
 }
 
 /// Where the directories of this user's VMs are.
@@ -366,14 +385,16 @@ fn make_base(base: &Path) -> Result<(), RunDirError> {
     if metadata.is_dir() && ours { Ok(()) } else { Err(RunDirError::Untrusted { dir: base.to_owned() }) }
 }
 
-/// Creates a directory, and those above it, with mode 0700 unless it exists.
-fn make_private(dir: &Path) -> io::Result<()> {
+/// Creates a directory, and those above it, with mode 0700; `false` if it exists already.
+fn make_private(dir: &Path) -> io::Result<bool> {
     let mut builder = DirBuilder::new();
     builder.mode(0o700);
     match builder.create(dir) {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => builder.recursive(true).create(dir),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            builder.recursive(true).create(dir).map(|()| true)
+        }
         Err(error) => Err(error),
     }
 }
@@ -382,6 +403,44 @@ fn same_file(file: &File, path: &Path) -> bool {
     match (file.metadata(), fs::symlink_metadata(path)) {
         (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
         _ => false,
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use std::process::{Child, Command, Stdio};
+
+    use super::*;
+
+    /// A process that holds the lock of a VM's directory and is no VM.
+    pub(crate) struct Stand {
+        pub(crate) vm: RunningVm,
+        child: Child,
+    }
+
+    impl Stand {
+        pub(crate) fn start(base: &Path, name: &str) -> Self {
+            let paths = VmPaths::below(base, name).unwrap();
+            make_private(paths.dir()).unwrap();
+            let lock = File::create(paths.dir().join(LOCK)).unwrap();
+            assert!(lock::try_lock(&lock).unwrap());
+            // Its standard input is the very file that is locked; ours is closed.
+            let child = Command::new("sleep").arg("1000").stdin(Stdio::from(lock)).spawn().unwrap();
+            fs::write(paths.pid_file(), child.id().to_string()).unwrap();
+            Self { vm: RunningVm::open_below(base, name).unwrap(), child }
+        }
+
+        /// Waits for its end and tells how it came.
+        pub(crate) fn end(mut self) -> String {
+            self.child.wait().unwrap().to_string()
+        }
+    }
+
+    impl Drop for Stand {
+        fn drop(&mut self) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
     }
 }
 
@@ -399,7 +458,7 @@ mod tests {
     #[test]
     fn a_directory_is_private_and_gone_with_its_owner() {
         let base = temporary();
-        let dir = RunDir::create_below(base.path(), "vm").unwrap();
+        let dir = RunDir::create_in(base.path(), "vm").unwrap();
         let mode = fs::metadata(dir.dir()).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
         assert_eq!(fs::read_to_string(dir.pid_file()).unwrap(), format!("{}\n", std::process::id()));
@@ -413,11 +472,11 @@ mod tests {
     #[test]
     fn one_name_is_one_vm() {
         let base = temporary();
-        let _first = RunDir::create_below(base.path(), "vm").unwrap();
-        let error = RunDir::create_below(base.path(), "vm").unwrap_err();
+        let _first = RunDir::create_in(base.path(), "vm").unwrap();
+        let error = RunDir::create_in(base.path(), "vm").unwrap_err();
         let expected = format!("A VM named vm is already running (process {})", std::process::id());
         assert!(error.to_string().starts_with(&expected), "{error}");
-        RunDir::create_below(base.path(), "other").unwrap();
+        RunDir::create_in(base.path(), "other").unwrap();
     }
 
     #[test]
@@ -431,7 +490,7 @@ mod tests {
         drop(UnixListener::bind(dir.join("monitor.sock")).unwrap());
         assert_eq!(RunningVm::list_below(base.path()).unwrap(), []);
         assert!(matches!(RunningVm::open_below(base.path(), "vm"), Err(RunDirError::NotRunning { .. })));
-        let vm = RunDir::create_below(base.path(), "vm").unwrap();
+        let vm = RunDir::create_in(base.path(), "vm").unwrap();
         assert!(!vm.monitor_socket().exists() && !vm.log_file().exists());
         UnixListener::bind(vm.monitor_socket()).unwrap();
     }
@@ -441,8 +500,8 @@ mod tests {
         let base = temporary();
         assert_eq!(RunningVm::list_below(&base.path().join("none")).unwrap(), []);
         fs::create_dir(base.path().join("unrelated")).unwrap();
-        let b = RunDir::create_below(base.path(), "b").unwrap();
-        let _a = RunDir::create_below(base.path(), "a").unwrap();
+        let b = RunDir::create_in(base.path(), "b").unwrap();
+        let _a = RunDir::create_in(base.path(), "a").unwrap();
         let listed = RunningVm::list_below(base.path()).unwrap();
         assert_eq!(listed.iter().map(|vm| vm.name()).collect::<Vec<_>>(), ["a", "b"]);
         assert_eq!(listed[1].pid, i32::try_from(std::process::id()).ok());
@@ -454,12 +513,12 @@ mod tests {
     #[test]
     fn the_files_of_others_survive_the_end_of_a_vm() {
         let base = temporary();
-        let dir = RunDir::create_below(base.path(), "vm").unwrap();
+        let dir = RunDir::create_in(base.path(), "vm").unwrap();
         let kept = dir.dir().join("notes.txt");
         fs::write(&kept, "mine").unwrap();
         drop(dir);
         assert!(kept.exists());
-        RunDir::create_below(base.path(), "vm").unwrap();
+        RunDir::create_in(base.path(), "vm").unwrap();
     }
 
     #[test]
@@ -474,7 +533,7 @@ mod tests {
     fn a_directory_too_deep_for_sockets_is_refused_before_it_is_made() {
         let base = temporary();
         let deep = base.path().join("d".repeat(90));
-        let error = RunDir::create_below(&deep, "vm").unwrap_err().to_string();
+        let error = RunDir::create_in(&deep, "vm").unwrap_err().to_string();
         assert!(error.contains("TARN_RUN_DIR"), "{error}");
         assert!(!deep.exists());
     }
@@ -500,7 +559,7 @@ mod tests {
         let link = base.path().join("link");
         std::os::unix::fs::symlink(base.path(), &link).unwrap();
         for dir in [shared, link] {
-            let result = RunDir::create_below(&dir, "vm");
+            let result = RunDir::create_in(&dir, "vm");
             assert!(matches!(result, Err(RunDirError::Untrusted { .. })), "{result:?}");
         }
     }

@@ -16,10 +16,12 @@ use crate::{Peer, SessionError};
 
 const SYNC: &str = "guest-sync-delimited";
 /// How long the first attempt to get in step waits before it is repeated; each one waits twice as long as the last.
-const FIRST_ATTEMPT: Duration = Duration::from_millis(100);
-/// And after the broker, or an agent of the old school, answered the attempt with an error.
+/// Tarn's broker holds a request until the guest has an agent: then repeating it only makes more work. Elsewhere, what is
+/// sent before the agent is there is lost.
+const FIRST_ATTEMPT: Duration = Duration::from_secs(1);
+/// And after an attempt was answered with an error, by the broker or by an agent of the old school.
 const AFTER_ERROR: Duration = Duration::from_millis(5);
-const LONGEST_ATTEMPT: Duration = Duration::from_secs(4);
+const LONGEST_ATTEMPT: Duration = Duration::from_secs(16);
 
 /// A connection to a guest agent.
 #[derive(Debug)]
@@ -27,6 +29,7 @@ pub struct GuestSession {
     connection: Connection,
     in_step: bool,
     next_token: i64,
+    first_attempt: Duration,
 }
 
 impl GuestSession {
@@ -39,7 +42,7 @@ impl GuestSession {
         // A start that former clients have not used: their answers may still be under way.
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let token = i64::try_from(now.as_micros()).unwrap_or_default();
-        Ok(Self { connection, in_step: false, next_token: token })
+        Ok(Self { connection, in_step: false, next_token: token, first_attempt: FIRST_ATTEMPT })
     }
 
     /// Gets in step with the agent, as often as it takes: also the way to wait for a guest that is still booting.
@@ -48,7 +51,7 @@ impl GuestSession {
     /// No answer within `timeout`, or the end of the connection.
     pub fn wait_for_agent(&mut self, timeout: Duration) -> Result<(), SessionError> {
         let deadline = Deadline::after(timeout);
-        let (mut patience, mut after_error) = (FIRST_ATTEMPT, AFTER_ERROR);
+        let (mut patience, mut after_error) = (self.first_attempt, AFTER_ERROR);
         while deadline.left().is_some() {
             if self.synchronise(deadline.or(patience), after_error)? {
                 return Ok(());
@@ -202,7 +205,9 @@ mod tests {
             client.request(SYNC);
             client.synchronise_until_end();
         });
-        GuestSession::connect(server.path()).unwrap().wait_for_agent(SOON).unwrap();
+        let mut session = GuestSession::connect(server.path()).unwrap();
+        session.first_attempt = BRIEF;
+        session.wait_for_agent(SOON).unwrap();
     }
 
     #[test]

@@ -8,7 +8,7 @@ use coordinator::{MonitorSession, SessionError};
 
 use super::process::VmProcess;
 use super::vm_name::{AT_ONCE, VmName};
-use crate::run_dir::sweep_dead;
+use crate::run_dir::RunningVm;
 
 /// How long the kernel may take to end a process. It waits for disk operations that are under way.
 const DYING: Duration = Duration::from_secs(30);
@@ -27,12 +27,16 @@ pub(super) struct KillArgs {
 }
 
 pub(super) fn run(args: &KillArgs) -> anyhow::Result<u8> {
-    let vm = args.vm.open()?;
-    let Some(process) = VmProcess::of(&vm)? else { return Ok(0) };
-    let asked = MonitorSession::connect(&vm.monitor_socket(), AT_ONCE.min(Duration::from_secs(args.timeout)))
+    kill(&args.vm.open()?, Duration::from_secs(args.timeout))?;
+    Ok(0)
+}
+
+fn kill(vm: &RunningVm, timeout: Duration) -> anyhow::Result<()> {
+    let Some(process) = VmProcess::of(vm)? else { return Ok(()) };
+    let asked = MonitorSession::connect(&vm.monitor_socket(), AT_ONCE.min(timeout))
         .and_then(|mut monitor| monitor.execute("quit", None, AT_ONCE));
     let patience = match asked {
-        Ok(_) | Err(SessionError::Closed { .. }) => Duration::from_secs(args.timeout),
+        Ok(_) | Err(SessionError::Closed { .. }) => timeout,
         Err(error) => {
             tracing::warn!("{error}; killing it");
             Duration::ZERO
@@ -44,6 +48,21 @@ pub(super) fn run(args: &KillArgs) -> anyhow::Result<u8> {
             bail!("The process of VM {} does not die: the host's kernel is busy with it", vm.name());
         }
     }
-    sweep_dead(vm.name());
-    Ok(0)
+    vm.sweep_dead();
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run_dir::testing::Stand;
+
+    #[test]
+    fn a_vm_that_does_not_answer_is_killed_and_leaves_nothing() {
+        let base = tempfile::tempdir().unwrap();
+        let stand = Stand::start(base.path(), "vm");
+        kill(&stand.vm, Duration::from_secs(10)).unwrap();
+        assert!(!stand.vm.is_alive() && !stand.vm.dir().exists());
+        assert!(stand.end().contains("signal: 9"));
+    }
 }

@@ -20,6 +20,8 @@ mod run;
 mod stop;
 mod vm_name;
 
+use std::env;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -89,8 +91,10 @@ enum Command {
 /// Does what the command line says; its result is the process's exit status.
 pub fn main() -> ExitCode {
     // The shell asks for completions by an environment variable; then this does not return.
-    CompleteEnv::with_factory(Cli::command).complete();
-    let cli = match Cli::try_parse() {
+    if env::var_os("COMPLETE").is_some() {
+        CompleteEnv::with_factory(Cli::command).complete();
+    }
+    let cli = match parse(&env::args_os().collect::<Vec<_>>()) {
         Ok(cli) => cli,
         Err(error) => {
             // Help goes to standard output, and its reader may have left.
@@ -106,6 +110,31 @@ pub fn main() -> ExitCode {
             FAILURE.into()
         }
     }
+}
+
+/// Parses a command line. Describing all subcommands to the parser takes longer than parsing, and a VM is to start at
+/// once: `tarn run …` is tried alone first. Whatever is wrong with it, the full parser tells.
+fn parse(args: &[OsString]) -> Result<Cli, clap::Error> {
+    if args.get(1).is_some_and(|word| word == "run")
+        && let Ok(OnlyRun { global, command: RunCommand::Run(args) }) = OnlyRun::try_parse_from(args)
+    {
+        return Ok(Cli { global, command: Command::Run(args) });
+    }
+    Cli::try_parse_from(args)
+}
+
+/// [`Cli`] without its other subcommands.
+#[derive(Debug, Parser)]
+struct OnlyRun {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: RunCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum RunCommand {
+    Run(Box<run::RunArgs>),
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<u8> {
@@ -142,6 +171,20 @@ mod tests {
             let name = subcommand.get_name().to_owned();
             let help = subcommand.render_long_help().to_string();
             assert!(help.contains(&format!("\n  tarn {name}")), "{name}: {help}");
+        }
+    }
+
+    #[test]
+    fn the_shortcut_for_run_parses_the_same_and_leaves_errors_to_the_full_parser() {
+        for line in ["tarn run", "tarn run -v --cpus 2 --disk a,ro --exec true", "tarn -v run --cpus 2"] {
+            let args: Vec<_> = line.split(' ').map(OsString::from).collect();
+            let full = Cli::try_parse_from(&args).unwrap();
+            assert_eq!(format!("{:?}", parse(&args).unwrap()), format!("{full:?}"));
+        }
+        for line in ["tarn run --cpu", "tarn run --help", "tarn run extra"] {
+            let args: Vec<_> = line.split(' ').map(OsString::from).collect();
+            let full = Cli::try_parse_from(&args).unwrap_err().to_string();
+            assert_eq!(parse(&args).unwrap_err().to_string(), full);
         }
     }
 

@@ -29,7 +29,7 @@ impl VmProcess {
         };
         // The number was read before the descriptor was made. If a live VM still shows it now, it belonged to that VM in
         // between, and the descriptor is the VM's for good.
-        match RunningVm::open(vm.name()) {
+        match vm.again() {
             Ok(again) if again.pid == vm.pid => Ok(Some(Self { pidfd })),
             _ => Ok(None),
         }
@@ -55,5 +55,36 @@ impl VmProcess {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(error).context("Cannot kill the VM's process"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run_dir::testing::Stand;
+
+    #[test]
+    fn a_process_is_awaited_no_longer_than_said_and_dies_when_told() {
+        let base = tempfile::tempdir().unwrap();
+        let stand = Stand::start(base.path(), "vm");
+        let process = VmProcess::of(&stand.vm).unwrap().expect("it lives");
+        assert!(!process.wait(Duration::from_millis(10)).unwrap());
+        process.kill().unwrap();
+        assert!(process.wait(Duration::from_secs(10)).unwrap());
+        process.kill().unwrap();
+    }
+
+    #[test]
+    fn a_number_that_belongs_to_nobody_or_to_another_is_not_taken_for_the_vm() {
+        let base = tempfile::tempdir().unwrap();
+        let stand = Stand::start(base.path(), "vm");
+        let mut stale = stand.vm.clone();
+        stale.pid = i32::try_from(std::process::id()).ok();
+        assert!(VmProcess::of(&stale).unwrap().is_none());
+        let process = VmProcess::of(&stand.vm).unwrap().expect("it lives");
+        process.kill().unwrap();
+        let vm = stand.vm.clone();
+        stand.end();
+        assert!(VmProcess::of(&vm).unwrap().is_none());
     }
 }

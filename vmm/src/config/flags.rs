@@ -8,7 +8,8 @@ use std::str::FromStr;
 
 use clap::ValueEnum;
 
-use super::{ChannelSpec, DiskSpec};
+use super::validate::is_plain_name;
+use super::{ChannelSpec, DiskSpec, MAX_SERIAL};
 
 impl DiskSpec {
     /// A disk on `path` with everything else at its default.
@@ -126,7 +127,8 @@ impl FromStr for MountFlag {
 }
 
 impl MountFlag {
-    /// The kernel command-line word that asks the guest image's init for this mount.
+    /// The kernel command-line word that asks the guest image's init for this mount: by the disk's serial, which stays the
+    /// same whatever order the guest finds its disks in, where it can be written in such a word.
     ///
     /// # Errors
     /// `disk` is neither a path nor the id of one of `disks`.
@@ -137,7 +139,14 @@ impl MountFlag {
             let index = disks.iter().position(|disk| disk.id == self.disk).ok_or_else(|| {
                 format!("No disk has the id {:?} that is to be mounted on {}", self.disk, self.dir)
             })?;
-            guest_device(index)
+            let serial = |disk: &DiskSpec| disk.serial.clone().unwrap_or_else(|| disk.id.clone());
+            let own = serial(&disks[index]);
+            let unique = disks.iter().filter(|disk| serial(disk) == own).count() == 1;
+            if unique && is_plain_name(&own, MAX_SERIAL) {
+                format!("serial:{own}")
+            } else {
+                guest_device(index)
+            }
         };
         let options = self.options.as_ref().map(|options| format!(":{options}")).unwrap_or_default();
         Ok(format!("tarn.mount={device}:{}:{}{options}", self.dir, self.fstype))
@@ -258,10 +267,18 @@ mod tests {
 
     #[test]
     fn a_mount_becomes_a_word_of_the_command_line() {
-        let disks = [DiskSpec::new("a"), DiskSpec { id: "data".into(), ..DiskSpec::new("b") }];
+        let disk = |id: &str, serial: Option<&str>| DiskSpec {
+            id: id.into(),
+            serial: serial.map(str::to_owned),
+            ..DiskSpec::new("b")
+        };
+        let disks =
+            [disk("disk0", None), disk("data", None), disk("log", Some("S1")), disk("x", Some("a:b"))];
         let word = |text: &str| text.parse::<MountFlag>().and_then(|mount| mount.command_line_word(&disks));
         assert_eq!(word("/dev/vda:/data:ext4"), Ok("tarn.mount=/dev/vda:/data:ext4".into()));
-        assert_eq!(word("data:/d:xfs:ro,noatime"), Ok("tarn.mount=/dev/vdb:/d:xfs:ro,noatime".into()));
+        assert_eq!(word("data:/d:xfs:ro,noatime"), Ok("tarn.mount=serial:data:/d:xfs:ro,noatime".into()));
+        assert_eq!(word("log:/l:xfs"), Ok("tarn.mount=serial:S1:/l:xfs".into()));
+        assert_eq!(word("x:/x:xfs"), Ok("tarn.mount=/dev/vdd:/x:xfs".into()));
         assert!(word("other:/d:xfs").unwrap_err().contains("\"other\""));
         for bad in ["", "/dev/vda", "/dev/vda:/data", "/dev/vda:data:ext4", "/dev/vda:/a b:ext4", "::"] {
             assert!(word(bad).unwrap_err().contains("DISK:DIR:FSTYPE"), "{bad}");

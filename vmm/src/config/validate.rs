@@ -233,7 +233,7 @@ pub fn check_socket_path(path: &Path) -> Result<(), ConfigError> {
     }
 }
 
-fn is_plain_name(name: &str, longest: usize) -> bool {
+pub(super) fn is_plain_name(name: &str, longest: usize) -> bool {
     name.len() <= longest
         && name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
