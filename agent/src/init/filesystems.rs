@@ -80,11 +80,11 @@ pub(super) fn mount_base() {
 /// Mounts what the command line asks for. A failure is printed and recorded; the guest comes up all
 /// the same, so that somebody can look.
 pub(super) fn mount(spec: &MountSpec, uevents: &mut Uevents) {
-    modules::load_list(&Path::new("/etc/tarn/modules.d").join(&spec.fstype));
+    modules::load_named(&spec.fstype);
     let mounted = wait_for(&spec.device, uevents).and_then(|device| {
         fs::create_dir_all(&spec.directory)?;
         let (flags, data) = flags(&spec.options);
-        mount_at(&device.to_string_lossy(), &spec.directory, &spec.fstype, flags, &data)
+        mount_at(&device.to_string_lossy(), &spec.directory, &spec.fstype, flags, &data).map_err(named)
     });
     if let Err(error) = mounted {
         let line = format!(
@@ -98,6 +98,16 @@ pub(super) fn mount(spec: &MountSpec, uevents: &mut Uevents) {
             say!("cannot record that: {error}");
         }
     }
+}
+
+/// The errors of mount(2) whose usual texts say something else.
+fn named(error: io::Error) -> io::Error {
+    let text = match error.raw_os_error() {
+        Some(libc::ENODEV) => "the kernel does not know this filesystem",
+        Some(libc::EINVAL) => "no such filesystem on the device, or an option it does not take",
+        _ => return error,
+    };
+    io::Error::new(error.kind(), text)
 }
 
 impl std::fmt::Display for DeviceName {

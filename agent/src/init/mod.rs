@@ -24,8 +24,8 @@
 //! | `tarn.hostname=NAME` | default `tarn` |
 //!
 //! In the image: `/etc/tarn/modules` lists kernel modules to load at boot, one absolute path per line,
-//! in order; `/etc/tarn/modules.d/FSTYPE` those to load before the first mount of that type, and
-//! `/etc/tarn/modules.d/button` those of the power button.
+//! in order; `/etc/tarn/modules.d/FSTYPE` those to load before a mount of that type, `pci` those for
+//! virtio devices on a PCI bus, and `button`, `pvpanic` and `late` those that can wait for the agent.
 //!
 //! Signals, as busybox's `poweroff`, `halt` and `reboot` send them: SIGUSR2 (and SIGPWR) power off,
 //! SIGUSR1 halts, SIGTERM (and SIGINT, which is Ctrl-Alt-Del) reboots.
@@ -55,6 +55,9 @@ use self::power::Ending;
 use self::services::Services;
 use self::uevents::Uevents;
 use crate::signals::Signals;
+
+/// Lists of modules that nobody needs before the agent answers.
+const AFTER_AGENT: &[&str] = &["button", "pvpanic", "late"];
 
 /// Prints a line on the console, where whoever looks at a guest looks first.
 macro_rules! say {
@@ -109,7 +112,7 @@ impl Init {
         let signals = Signals::block(power::SIGNALS).map_err(InitError::Signals)?;
         // Before the modules, whose devices it announces.
         let mut uevents = Uevents::listen().map_err(InitError::Uevents)?;
-        modules::load_list(Path::new("/etc/tarn/modules"));
+        modules::load_boot();
         ports::refresh();
         for mount in &cmdline.mounts {
             filesystems::mount(mount, &mut uevents);
@@ -120,7 +123,9 @@ impl Init {
         if let Some(tty) = &cmdline.shell {
             services.start_shell(tty.as_deref());
         }
-        modules::load_list(Path::new("/etc/tarn/modules.d/button"));
+        for name in AFTER_AGENT {
+            modules::load_named(name);
+        }
         let mut buttons = Buttons::default();
         buttons.refresh();
         Ok(Self { signals, uevents, buttons, services })

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{WaitOptions, wait};
+use rustix::process::{WaitOptions, WaitStatus, wait};
 
 use super::{console, say};
 
@@ -77,7 +77,7 @@ impl Services {
                 |service: &&mut Service| matches!(service.run, Run::Running { pid: p, .. } if p == pid);
             if let Some(service) = self.services.iter_mut().find(is_it) {
                 if !matches!(service.program, Program::Shell { .. }) {
-                    say!("{} ended ({status:?}); starting it again", service.program.name());
+                    say!("{} ended ({}); starting it again", service.program.name(), shown(status));
                 }
                 service.pause();
             }
@@ -144,7 +144,7 @@ impl Program {
     fn spawn(&self) -> io::Result<u32> {
         let mut command = match self {
             Self::OwnAgent => {
-                let mut command = Command::new("/proc/self/exe");
+                let mut command = Command::new(std::env::current_exe()?);
                 command.arg0("tarn-agent").stdin(Stdio::null());
                 command
             }
@@ -158,6 +158,14 @@ impl Program {
         };
         command.env_clear().envs(ENVIRONMENT.iter().copied());
         Ok(command.spawn()?.id())
+    }
+}
+
+fn shown(status: WaitStatus) -> String {
+    match (status.exit_status(), status.terminating_signal()) {
+        (Some(code), _) => format!("status {code}"),
+        (None, Some(signal)) => format!("signal {signal}"),
+        (None, None) => "status unknown".into(),
     }
 }
 
