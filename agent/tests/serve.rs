@@ -277,6 +277,13 @@ mod tests {
     }
 
     #[test]
+    fn an_unknown_way_to_end_is_refused() {
+        let agent = Agent::start();
+        let refused = agent.client().desc("guest-shutdown", &json!({"mode": "sleep"}));
+        assert_eq!(refused, "mode is invalid (valid values are: halt|powerdown|reboot");
+    }
+
+    #[test]
     fn files_behave_as_recorded() {
         let agent = Agent::start();
         let mut client = agent.client();

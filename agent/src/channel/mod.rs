@@ -102,7 +102,12 @@ impl Channel {
         let Some(connection) = connection else { return };
         match self.poller.add_edges(&connection, Token::Channel) {
             Ok(()) => self.connection = Some(connection),
-            Err(error) => crate::log::error(format_args!("Cannot wait for the channel: {error}")),
+            Err(error) => {
+                crate::log::error(format_args!("Cannot wait for the channel: {error}"));
+                if let Source::Port(port) = &mut self.source {
+                    port.lost(&self.poller);
+                }
+            }
         }
     }
 
@@ -123,11 +128,14 @@ impl Channel {
                 },
                 Next::Broken(error) => {
                     self.connection = None;
-                    self.connect();
-                    match self.source {
-                        Source::Port(_) => return Received::Lost(error),
+                    match &mut self.source {
+                        Source::Port(port) => {
+                            port.lost(&self.poller);
+                            return Received::Lost(error);
+                        }
                         Source::Listener(_) => {
                             crate::log::debug(format_args!("The client is gone: {error}"));
+                            self.connect();
                         }
                     }
                 }
@@ -146,6 +154,23 @@ impl Channel {
     pub(crate) fn flush(&mut self) {
         if let Some(connection) = &mut self.connection {
             let _ = connection.flush();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_that_fails_for_ever_is_tried_again_after_a_pause() {
+        // A device that opens and cannot be waited for.
+        let poller = Rc::new(Poller::new().unwrap());
+        let mut channel = Channel::open(Method::VirtioSerial, Path::new("/dev/full"), poller).unwrap();
+        for _ in 0..3 {
+            assert!(channel.retry_at().is_some_and(|at| at > Instant::now()));
+            assert!(matches!(channel.receive(), Received::Nothing));
+            channel.connect();
         }
     }
 }

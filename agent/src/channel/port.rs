@@ -60,6 +60,15 @@ impl Port {
         }
     }
 
+    /// The open port failed. Another one may come in its place, but not at once: a port that opens and
+    /// fails for ever must not keep the agent busy.
+    pub(super) fn lost(&mut self, poller: &Poller) {
+        if let Err(error) = self.watch(poller) {
+            crate::log::debug(format_args!("Cannot watch for {}: {error}", self.path.display()));
+        }
+        self.retry = Some(Retry { pause: RETRY_FIRST, at: Instant::now() + RETRY_FIRST });
+    }
+
     fn wait_for_another_attempt(&mut self, error: &io::Error, is_watched: bool) {
         if self.reported != Some(error.kind()) {
             crate::log::warning(format_args!("Waiting for {}: {error}", self.path.display()));

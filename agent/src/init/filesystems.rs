@@ -169,22 +169,32 @@ fn by_serial(id: &str) -> Option<PathBuf> {
     disks.filter_map(Result::ok).find_map(named).filter(|path| path.exists())
 }
 
-/// Unmounts everything, last mounted first; what will not go becomes read-only.
+/// Unmounts everything that can be, last mounted first.
 pub(super) fn unmount_all() {
-    let Ok(text) = fs::read("/proc/self/mountinfo") else { return };
-    let kept = |directory: &PathBuf| KEPT.iter().any(|kept| directory == Path::new(kept));
-    let mut rest: Vec<PathBuf> = mountpoints(&text);
-    rest.retain(|directory| !kept(directory));
-    rest.reverse();
+    let mut rest = still_mounted();
     // One may be busy because of another that was mounted before it: a second try is worth it.
     for _ in 0..2 {
         rest.retain(|directory| unmount(directory, UnmountFlags::NOFOLLOW).is_err());
     }
-    for directory in rest {
+}
+
+/// Unmounts what is left by now, or makes it read-only.
+pub(super) fn make_read_only() {
+    for directory in still_mounted() {
+        if unmount(&directory, UnmountFlags::NOFOLLOW).is_ok() {
+            continue;
+        }
         if let Err(error) = mount_remount(&directory, MountFlags::RDONLY, "") {
             say!("{} stays mounted: {error}", directory.display());
         }
     }
+}
+
+/// Mount points to be unmounted, last mounted first.
+fn still_mounted() -> Vec<PathBuf> {
+    let Ok(text) = fs::read("/proc/self/mountinfo") else { return Vec::new() };
+    let is_kept = |directory: &PathBuf| KEPT.iter().any(|kept| directory == Path::new(kept));
+    mountpoints(&text).into_iter().rev().filter(|directory| !is_kept(directory)).collect()
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The end of the guest, in an order that loses nothing.
-#![expect(unsafe_code, reason = "neither std nor rustix can signal every process")]
+#![expect(unsafe_code, reason = "neither std nor rustix can signal every process or detach a loop device")]
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,9 @@ const DYING: Duration = Duration::from_secs(2);
 /// How long the disks may take to be written and unmounted. A disk that hangs must not keep the
 /// machine from ending.
 const WRITING: Duration = Duration::from_secs(60);
+
+/// Linux `include/uapi/linux/loop.h`.
+const LOOP_CLR_FD: libc::Ioctl = 0x4C01;
 
 /// How the machine ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,8 +109,7 @@ fn wait_for_all(limit: Duration, signals: &Signals) -> bool {
 fn write_disks() {
     let (done, wait) = mpsc::channel();
     let writer = std::thread::Builder::new().spawn(move || {
-        rustix::fs::sync();
-        filesystems::unmount_all();
+        write_now();
         let _ = done.send(());
     });
     match writer {
@@ -118,8 +120,27 @@ fn write_disks() {
         }
         Err(error) => {
             say!("cannot start a thread: {error}");
-            filesystems::unmount_all();
+            write_now();
         }
+    }
+}
+
+fn write_now() {
+    rustix::fs::sync();
+    filesystems::unmount_all();
+    detach_loops();
+    filesystems::make_read_only();
+}
+
+/// Loop devices keep the filesystems of their files from being unmounted.
+fn detach_loops() {
+    let Ok(devices) = std::fs::read_dir("/sys/block") else { return };
+    for device in devices.filter_map(Result::ok).filter(|device| device.path().join("loop").exists()) {
+        let Ok(device) = std::fs::File::open(std::path::Path::new("/dev").join(device.file_name())) else {
+            continue;
+        };
+        // SAFETY: LOOP_CLR_FD takes no argument, and the descriptor is open.
+        unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CLR_FD, 0) };
     }
 }
 
