@@ -34,6 +34,24 @@ fn image(bytes: usize) -> NamedTempFile {
     file
 }
 
+/// Without direct I/O, and with it where the file system has it (tmpfs since Linux 6.6).
+fn direct_modes() -> Vec<bool> {
+    let image = image(4096);
+    let mut options = DiskOptions::path(image.path());
+    options.direct = true;
+    match Disk::open(options) {
+        Ok(_) => vec![false, true],
+        Err(error) => {
+            eprintln!("Direct I/O is not tested: {error}");
+            vec![false]
+        }
+    }
+}
+
+fn all_modes() -> impl Iterator<Item = (EngineKind, bool)> {
+    kinds().into_iter().flat_map(|kind| direct_modes().into_iter().map(move |direct| (kind, direct)))
+}
+
 struct Rig {
     engine: Engine,
     faults: Faults,
@@ -189,8 +207,10 @@ fn random_operations_agree_with_a_model() {
 fn direct_io_bounces_what_does_not_suit_it_and_agrees_with_a_model() {
     let seed = seed();
     for kind in kinds() {
-        agree_with_a_model(kind, seed, 1, |options| options.direct = true);
-        agree_with_a_model(kind, seed, 8, |options| options.direct = true);
+        for direct in direct_modes() {
+            agree_with_a_model(kind, seed, 1, |options| options.direct = direct);
+            agree_with_a_model(kind, seed, 8, |options| options.direct = direct);
+        }
     }
 }
 
@@ -230,7 +250,7 @@ fn interruptions_are_retried_and_errors_are_told() {
 
 #[test]
 fn a_flush_that_failed_is_not_forgotten_where_the_page_cache_may_have_lost_data() {
-    for (kind, direct) in kinds().into_iter().flat_map(|kind| [(kind, false), (kind, true)]) {
+    for (kind, direct) in all_modes() {
         let image = image(MIB);
         let mut rig = Rig::new(kind, &image, |options| options.direct = direct);
         rig.faults.inject(CallKind::Sync, Fault::Error(libc::EIO), 1);
@@ -429,9 +449,9 @@ fn more_operations_than_slots_and_more_segments_than_one_call_takes() {
 
 #[test]
 fn ragged_writes_to_one_block_do_not_undo_each_other() {
-    for kind in kinds() {
+    for (kind, direct) in all_modes() {
         let image = image(MIB);
-        let mut rig = Rig::new(kind, &image, |options| options.direct = true);
+        let mut rig = Rig::new(kind, &image, |options| options.direct = direct);
         // As on a disk with 4 KiB blocks.
         rig.engine.target.geometry.offset_alignment = 4096;
         let mut bytes: Vec<u8> = (0..MIB).map(|i| (i / 512 % 255) as u8).collect();
