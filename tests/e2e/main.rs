@@ -1,1 +1,17 @@
-//! End to end.
+//! End to end: the real binary, real KVM, Debian's stock kernel, real disks, real clients.
+//!
+//! Guests need hardware virtualization: on a machine without, `scripts/with-kvm` brings an emulated one, and
+//! `scripts/test` runs this target there. Without either, tests say SKIPPED; with `REQUIRE_KVM=1` they fail.
+
+#![expect(
+    clippy::tests_outside_test_module,
+    clippy::unwrap_used,
+    reason = "the whole target is tests; what fails here is the test"
+)]
+
+#[path = "../payload/mod.rs"]
+mod payload;
+
+mod boot;
+mod harness;
+mod story;

@@ -29,16 +29,8 @@ const fn verb(name: &'static str, run: fn(&mut Call<'_>) -> Result<Value, Error>
 
 static STATUS_INFO: Object =
     Object::new(&[required("status", Type::Enum(RUN_STATES)), required("running", Type::Bool)]);
-const RUN_STATES: &[&str] = &[
-    "prelaunch",
-    "running",
-    "paused",
-    "io-error",
-    "suspended",
-    "guest-panicked",
-    "internal-error",
-    "shutdown",
-];
+const RUN_STATES: &[&str] =
+    &["prelaunch", "running", "paused", "io-error", "guest-panicked", "internal-error", "shutdown"];
 
 fn query_status(call: &mut Call<'_>) -> Result<Value, Error> {
     let state = call.vm.run_state();
