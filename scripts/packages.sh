@@ -3,6 +3,7 @@
 #
 #   need COMMAND PACKAGE REASON     notes that PACKAGE is missing if COMMAND is not there
 #   need_file FILE PACKAGE REASON   the same for a file
+#   need_rust                       ends with advice unless there is a Rust toolchain that is new enough
 #   install_needed                  installs what was noted, if root or passwordless sudo allows; else says how to
 #
 #   unpack_package PACKAGE DIR      fetches PACKAGE (or the package it stands for: linux-image-amd64) with apt-get, without
@@ -22,6 +23,15 @@ die() {
 
 need() { command -v -- "$1" >/dev/null || note_package "$2" "$3"; }
 need_file() { [[ -e $1 ]] || note_package "$2" "$3"; }
+
+# Debian 12 has a Rust of its own, too old for us: no package to note.
+need_rust() {
+    local wanted have
+    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$(dirname "${BASH_SOURCE[0]}")/../Cargo.toml")
+    have=$(rustc --version 2>/dev/null | cut -d ' ' -f 2) || true
+    [[ -n $have ]] && command -v cargo >/dev/null && sort -CV <<<"$wanted"$'\n'"$have" && return
+    die "Rust $wanted or newer is needed (here: ${have:-none}): install it from https://rustup.rs"
+}
 
 note_package() {
     local known
