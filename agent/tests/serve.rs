@@ -2,7 +2,7 @@
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
+    use std::io::{BufRead, BufReader, Read, Write};
     use std::net::Shutdown;
     use std::os::unix::fs::MetadataExt;
     use std::os::unix::net::UnixStream;
@@ -62,6 +62,15 @@ mod tests {
             self.process.kill().unwrap();
             self.process.wait().unwrap();
             self.process = Self::spawn(self.directory.path());
+        }
+
+        /// Waits until the agent uses no processor time; one that spins never gets there.
+        fn wait_until_asleep(&self) {
+            wait_until("the agent sleeps", || {
+                let before = self.ticks();
+                std::thread::sleep(Duration::from_millis(300));
+                self.ticks() == before
+            });
         }
 
         /// Processor time used so far, in clock ticks (proc(5), `/proc/PID/stat`, utime and stime).
@@ -485,9 +494,7 @@ mod tests {
             asked += count;
         }
         assert!(asked < 16 << 20, "{asked} bytes of requests taken");
-        let before = agent.ticks();
-        std::thread::sleep(Duration::from_millis(300));
-        assert!(agent.ticks() - before <= 1, "the agent spins");
+        agent.wait_until_asleep();
         drop(client);
         agent.client().ping();
     }
@@ -504,10 +511,13 @@ mod tests {
     fn a_missing_port_is_waited_for_asleep() {
         let directory = tempfile::tempdir().unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_tarn-agent"));
-        command.args(["-p", "ports/agent", "-t", "."]).current_dir(directory.path()).stderr(Stdio::null());
-        let mut agent = Agent { process: command.spawn().unwrap(), directory };
-        std::thread::sleep(Duration::from_millis(300));
-        assert!(agent.ticks() <= 2, "the agent is busy waiting");
+        command.args(["-p", "ports/agent", "-t", "."]).current_dir(directory.path()).stderr(Stdio::piped());
+        let mut process = command.spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(process.stderr.take().unwrap()).read_line(&mut line).unwrap();
+        assert!(line.contains("Waiting for ports/agent"), "{line}");
+        let mut agent = Agent { process, directory };
+        agent.wait_until_asleep();
         agent.signal("-TERM");
         assert!(agent.process.wait().unwrap().success());
     }

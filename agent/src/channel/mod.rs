@@ -104,6 +104,8 @@ impl Channel {
             Ok(()) => self.connection = Some(connection),
             Err(error) => {
                 crate::log::error(format_args!("Cannot wait for the channel: {error}"));
+                // Before the watch, which would take it for another process leaving the port.
+                drop(connection);
                 if let Source::Port(port) = &mut self.source {
                     port.lost(&self.poller);
                 }
@@ -164,10 +166,12 @@ mod tests {
 
     #[test]
     fn a_port_that_fails_for_ever_is_tried_again_after_a_pause() {
-        // A device that opens and cannot be waited for.
+        // A plain file opens and cannot be waited for.
+        let file = tempfile::NamedTempFile::new().unwrap();
         let poller = Rc::new(Poller::new().unwrap());
-        let mut channel = Channel::open(Method::VirtioSerial, Path::new("/dev/full"), poller).unwrap();
+        let mut channel = Channel::open(Method::VirtioSerial, file.path(), Rc::clone(&poller)).unwrap();
         for _ in 0..3 {
+            assert_eq!(poller.wait(Some(std::time::Duration::ZERO)).unwrap(), []);
             assert!(channel.retry_at().is_some_and(|at| at > Instant::now()));
             assert!(matches!(channel.receive(), Received::Nothing));
             channel.connect();

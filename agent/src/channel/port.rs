@@ -71,7 +71,12 @@ impl Port {
 
     fn wait_for_another_attempt(&mut self, error: &io::Error, is_watched: bool) {
         if self.reported != Some(error.kind()) {
-            crate::log::warning(format_args!("Waiting for {}: {error}", self.path.display()));
+            // The driver lets one process have a port and refuses the next one.
+            let why = match error.raw_os_error() {
+                Some(libc::EBUSY | libc::EMFILE) => "another process has it".to_owned(),
+                _ => error.to_string(),
+            };
+            crate::log::warning(format_args!("Waiting for {}: {why}", self.path.display()));
             self.reported = Some(error.kind());
         }
         // An absent node announces itself. Anything else may end without a sign.
@@ -90,7 +95,9 @@ impl Port {
         // Not there yet, most of the time.
         let _ = inotify::add_watch(&watch, &self.path, closed);
         let created = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::ONLYDIR;
-        let mut directories = self.path.ancestors().skip(1);
+        let here = Path::new(".");
+        let directories = self.path.ancestors().skip(1);
+        let mut directories = directories.map(|path| if path == Path::new("") { here } else { path });
         let nearest = directories.find(|&path| inotify::add_watch(&watch, path, created).is_ok());
         nearest.ok_or_else(|| io::Error::from(ErrorKind::NotFound))?;
         poller.add_readable(&watch, Token::Waiting)?;
