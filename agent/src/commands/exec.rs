@@ -170,22 +170,16 @@ impl Children {
         command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
         let (output, error) = match mode {
             Mode::None => (None, None),
-            Mode::Stdout => (Some(pipe()?), None),
+            Mode::Stdout | Mode::Merged => (Some(pipe()?), None),
             Mode::Stderr => (None, Some(pipe()?)),
-            Mode::Separated | Mode::Merged => (Some(pipe()?), Some(pipe()?)),
+            Mode::Separated => (Some(pipe()?), Some(pipe()?)),
         };
         let writer = |pipe: &Option<(File, OwnedFd)>| match pipe {
             Some((_, writer)) => writer.try_clone().map(Stdio::from),
             None => Ok(Stdio::null()),
         };
         command.stdout(writer(&output)?);
-        let (output, error) = if mode == Mode::Merged {
-            command.stderr(writer(&output)?);
-            (output, None)
-        } else {
-            command.stderr(writer(&error)?);
-            (output, error)
-        };
+        command.stderr(writer(if mode == Mode::Merged { &output } else { &error })?);
         let mut child = command.spawn()?;
         // The parent's copies of the child's ends must go, or no stream would ever end.
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
