@@ -3,6 +3,7 @@
 #
 #   need COMMAND PACKAGE REASON     notes that PACKAGE is missing if COMMAND is not there
 #   need_file FILE PACKAGE REASON   the same for a file
+#   need_linker                     notes what is missing for linking Rust programs, static ones included
 #   need_rust                       ends with advice unless there is a Rust toolchain that is new enough
 #   install_needed                  installs what was noted, if root or passwordless sudo allows; else says how to
 #
@@ -23,6 +24,12 @@ die() {
 
 need() { command -v -- "$1" >/dev/null || note_package "$2" "$3"; }
 need_file() { [[ -e $1 ]] || note_package "$2" "$3"; }
+
+need_linker() {
+    need cc gcc "links Rust programs"
+    # cc prints the whole path of a library that it has, else the bare name.
+    [[ $(cc -print-file-name=libc.a 2>/dev/null) == /* ]] || note_package libc6-dev "is what Rust programs link to"
+}
 
 # Debian 12 has a Rust of its own, too old for us: no package to note.
 need_rust() {
