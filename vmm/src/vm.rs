@@ -112,10 +112,7 @@ impl ControlLoop {
             }
             Token::ConsoleQueue(queue) => self.ports.doorbell(queue, &mut self.core, watch),
             Token::RngQueue => {
-                if let Some(machine) = self.core.controller.machine() {
-                    let _ = machine.doorbells.rng.read();
-                    machine.rng.doorbell();
-                }
+                self.ports.entropy(&self.core);
             }
             Token::Serial => self.ports.serial(&mut self.core, watch),
         }

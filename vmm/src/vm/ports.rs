@@ -48,19 +48,35 @@ pub(super) struct PortHosts {
     pub serial: bool,
     /// Registered descriptors of the machine that runs, each with what keeps it open: a descriptor must not be closed
     /// while it is registered.
-    watched: Vec<(RawFd, Box<dyn Any>)>,
+    watched: Vec<Watched>,
+    /// Doorbells are answered: the guest runs, and may find its memory written.
+    answering: bool,
+}
+
+/// A descriptor of the machine that runs.
+struct Watched {
+    fd: RawFd,
+    token: Token,
+    _open: Box<dyn Any>,
 }
 
 impl PortHosts {
     pub(super) fn new(console: ConsoleHost, channels: Vec<ChannelHost>, spec: &VmSpec) -> Self {
-        Self { console, channels, serial: spec.console == ConsoleSpec::Serial, watched: vec![] }
+        Self {
+            console,
+            channels,
+            serial: spec.console == ConsoleSpec::Serial,
+            watched: vec![],
+            answering: true,
+        }
     }
 
     /// Listens to a machine, and tells it what is open.
     pub(super) fn watch_doorbells(&mut self, machine: &Machine, watch: &mut dyn Watch) {
-        let mut add = |fd: RawFd, token, owner: Box<dyn Any>| {
+        self.answering = true;
+        let mut add = |fd: RawFd, token, open: Box<dyn Any>| {
             watch.set(fd, token, Interest::READ);
-            self.watched.push((fd, owner));
+            self.watched.push(Watched { fd, token, _open: open });
         };
         for (queue, doorbell) in (0_u16..).zip(&machine.doorbells.console) {
             add(doorbell.as_raw_fd(), Token::ConsoleQueue(queue), Box::new(Arc::clone(doorbell)));
@@ -85,8 +101,19 @@ impl PortHosts {
 
     /// The machine is gone.
     pub(super) fn forget_doorbells(&mut self, watch: &mut dyn Watch) {
-        for (fd, _open) in self.watched.drain(..) {
-            watch.remove(fd);
+        for watched in self.watched.drain(..) {
+            watch.remove(watched.fd);
+        }
+    }
+
+    /// The guest runs, or stands still: then nothing writes its memory, and its doorbells wait, rung as they are.
+    fn answer(&mut self, running: bool, watch: &mut dyn Watch) {
+        if self.answering != running {
+            self.answering = running;
+            let interest = if running { Interest::READ } else { Interest::NONE };
+            for watched in &self.watched {
+                watch.set(watched.fd, watched.token, interest);
+            }
         }
     }
 
@@ -99,6 +126,9 @@ impl PortHosts {
 
     /// The guest has rung.
     pub(super) fn doorbell(&mut self, queue: u16, core: &mut Core, watch: &mut dyn Watch) {
+        if !self.answering {
+            return;
+        }
         let Some(machine) = core.controller.machine() else { return };
         let queue = usize::from(queue);
         let Some(doorbell) = machine.doorbells.console.get(queue) else { return };
@@ -113,6 +143,15 @@ impl PortHosts {
                 // Whatever waits is written when the loop settles.
                 PortEvent::Writable(_) => {}
             }
+        }
+    }
+
+    /// The guest wants entropy.
+    pub(super) fn entropy(&self, core: &Core) {
+        if let (true, Some(machine)) = (self.answering, core.controller.machine()) {
+            // Already drained is fine.
+            let _ = machine.doorbells.rng.read();
+            machine.rng.doorbell();
         }
     }
 
@@ -137,7 +176,13 @@ impl PortHosts {
 
     /// Takes what the guest has sent through `port`, as far as its host end wants it.
     fn pull(&mut self, port: usize, console: &ConsoleHandle, core: &mut Core, watch: &mut dyn Watch) {
-        if port == CONSOLE_PORT && self.serial {
+        let unread = match port {
+            CONSOLE_PORT => self.serial,
+            AGENT_PORT => false,
+            // Meant for a client that has left, not for the next one.
+            channel => !self.channels.get(channel - FIRST_CHANNEL).is_some_and(ChannelHost::is_open),
+        };
+        if unread {
             return console.discard(port);
         }
         let mut buffer = vec![0; CHUNK];
@@ -188,8 +233,6 @@ impl PortHosts {
             Some(Change::Opened) => console.set_host_open(port, true),
             Some(Change::Closed) => {
                 console.set_host_open(port, false);
-                // Meant for the client that left, not for the next one.
-                console.discard(port);
             }
             None => {}
         }
@@ -227,7 +270,12 @@ impl PortHosts {
 
     /// Moves what waits on the host to the guest, and what the guest holds back to hosts that have room again.
     pub(super) fn settle(&mut self, core: &mut Core, watch: &mut dyn Watch) {
+        let running = core.controller.state().is_running();
+        self.answer(running, watch);
         let Some(machine) = core.controller.machine() else { return };
+        if !running {
+            return;
+        }
         let console = machine.console.clone();
         let serial = Arc::clone(&machine.serial);
         self.console_input(&console, &serial, watch);
