@@ -29,11 +29,12 @@ use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::time::{Duration, Instant};
 
-use protocol::{Decoder, Error, Handshake, Item, Limits, Map, ParseError, Progress, Reply, request_line};
+use protocol::{Decoder, Error, Handshake, Item, Limits, Map, ParseError, Progress, request_line};
 use serde_json::{Value, json};
 
 use super::command::{Command, FILE_REPLY_MAX, Kind, REPLY_MAX};
 use super::freeze::Freeze;
+use super::in_flight::{Asker, Ending, InFlight};
 use super::{AgentStatus, ChannelConfig, Client};
 
 /// Bounds on one message of the guest.
@@ -68,39 +69,6 @@ enum Link {
     Syncing { handshake: Handshake, again: Instant, wait: Duration },
     Idle,
     Busy(InFlight),
-}
-
-/// The command the guest works on.
-#[derive(Debug)]
-struct InFlight {
-    asker: Asker,
-    name: String,
-    kind: Kind,
-    grace: Option<Duration>,
-    reply_max: usize,
-    deadline: Instant,
-    /// Token of the sync right behind it.
-    probe: Option<i64>,
-    /// The last byte between messages was 0xFF.
-    marked: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Asker {
-    Client(Client),
-    /// The client that asked is gone.
-    Nobody,
-    /// The broker itself, thawing.
-    Broker,
-}
-
-/// How a command ended.
-enum Ending {
-    Answered(Result<Value, Error>),
-    /// It has no answer, and was accepted.
-    Accepted,
-    /// It will never be known; the client gets this.
-    Unknown(Error),
 }
 
 #[derive(Debug)]
@@ -204,7 +172,8 @@ impl Broker {
         self.unready_since.get_or_insert(now);
         if let Link::Busy(request) = std::mem::replace(&mut self.link, Link::Closed) {
             let text = format!("Guest agent went away before it answered '{}'", request.name);
-            self.end(&request, lost(&request, text), now);
+            let ending = request.lost(text);
+            self.end(&request, ending, now);
         }
     }
 
@@ -304,32 +273,11 @@ impl Broker {
                     request.marked = false;
                     self.malformed += 1;
                 }
-                Item::Value(message) => self.on_message(message, now),
+                Item::Value(message) => match request.on_message(message) {
+                    Some(ending) => self.finish(ending, now),
+                    None => self.malformed += 1,
+                },
             },
-        }
-    }
-
-    /// A message while a command is with the guest.
-    fn on_message(&mut self, message: Value, now: Instant) {
-        let Link::Busy(request) = &mut self.link else { return };
-        let marked = std::mem::take(&mut request.marked);
-        let ending = match Reply::parse(message) {
-            Ok(Reply::Return { value, .. }) => {
-                let token = value.as_i64();
-                if marked && request.probe.is_some() && token == request.probe {
-                    Some(Ending::Accepted)
-                } else if matches!(request.kind, Kind::Sync(expected) if token != Some(expected)) {
-                    None
-                } else {
-                    Some(Ending::Answered(Ok(value)))
-                }
-            }
-            Ok(Reply::Error { error, .. }) => Some(Ending::Answered(Err(error))),
-            Ok(Reply::Event(_) | Reply::Greeting(_)) | Err(_) => None,
-        };
-        match ending {
-            Some(ending) => self.finish(ending, now),
-            None => self.malformed += 1,
         }
     }
 
@@ -362,15 +310,14 @@ impl Broker {
         }
     }
 
-    fn dispatch(&mut self, asker: Asker, command: Command, now: Instant) {
-        let Command { name, kind, line, grace, reply_max } = command;
-        let timeout = match kind {
+    fn dispatch(&mut self, asker: Asker, mut command: Command, now: Instant) {
+        let timeout = match command.kind {
             Kind::Freeze => self.config.freeze_timeout,
             Kind::Thaw => self.config.thaw_timeout,
             Kind::Ordinary | Kind::Status | Kind::Sync(_) | Kind::NoReply => self.config.timeout,
         };
-        let probe = (kind == Kind::NoReply).then(|| self.token());
-        self.to_guest = line;
+        let probe = (command.kind == Kind::NoReply).then(|| self.token());
+        self.to_guest = std::mem::take(&mut command.line);
         self.sent = 0;
         if let Some(token) = probe {
             let arguments = Map::from_iter([("id".to_owned(), json!(token))]);
@@ -379,8 +326,7 @@ impl Broker {
             self.to_guest.extend_from_slice(line.as_bytes());
         }
         let deadline = self.guest_time(now) + timeout;
-        self.link =
-            Link::Busy(InFlight { asker, name, kind, grace, reply_max, deadline, probe, marked: false });
+        self.link = Link::Busy(InFlight::new(asker, command, deadline, probe));
     }
 
     /// The command in the guest has ended.
@@ -505,7 +451,8 @@ impl Broker {
     fn time_out(&mut self, now: Instant) {
         if let Link::Busy(request) = std::mem::replace(&mut self.link, Link::Idle) {
             let text = format!("Guest agent did not answer '{}' in time", request.name);
-            self.end(&request, lost(&request, text), now);
+            let ending = request.lost(text);
+            self.end(&request, ending, now);
             self.resync(now);
         }
     }
@@ -544,13 +491,5 @@ impl Broker {
             automatic_thaws: self.automatic_thaws,
             malformed_replies: self.malformed,
         }
-    }
-}
-
-/// How a command ends whose answer will not come.
-fn lost(request: &InFlight, text: String) -> Ending {
-    match request.kind {
-        Kind::NoReply => Ending::Accepted,
-        _ => Ending::Unknown(Error::generic(text)),
     }
 }

@@ -58,6 +58,9 @@ impl Command {
         let reply_max = reply_max(&name, &arguments);
         let arguments = if arguments.is_empty() { None } else { Some(arguments) };
         let line = request_line(&name, arguments, None).into_bytes();
+        if line.len() > REQUEST_MAX {
+            return Err(Error::generic(format!("Request is longer than {REQUEST_MAX} bytes")));
+        }
         Ok(Self { name, kind, line, grace, reply_max })
     }
 
@@ -95,6 +98,8 @@ fn explicit_grace(value: &Value) -> Result<Option<Duration>, Error> {
     }
 }
 
+/// Longest request, as the guest sees it: what the reference agent takes.
+const REQUEST_MAX: usize = 64 << 20;
 /// Longest answer to most commands: what libvirt reads.
 pub(super) const REPLY_MAX: usize = 10 << 20;
 /// Longest answer at all: 48 MiB of file (the reference agent's limit) in base64, and its envelope.

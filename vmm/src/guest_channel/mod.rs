@@ -30,6 +30,7 @@ mod broker;
 mod client;
 mod command;
 mod freeze;
+mod in_flight;
 
 #[cfg(test)]
 mod tests;
