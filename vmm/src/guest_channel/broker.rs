@@ -312,7 +312,7 @@ impl Broker {
 
     fn dispatch(&mut self, asker: Asker, mut command: Command, now: Instant) {
         let timeout = match command.kind {
-            Kind::Freeze => self.config.freeze_timeout,
+            Kind::Freeze | Kind::Trim => self.config.freeze_timeout,
             Kind::Thaw => self.config.thaw_timeout,
             Kind::Ordinary | Kind::Status | Kind::Sync(_) | Kind::NoReply => self.config.timeout,
         };

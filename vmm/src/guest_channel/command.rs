@@ -24,6 +24,8 @@ pub(super) enum Kind {
     Status,
     /// Answered with this token.
     Sync(i64),
+    /// Answered when the guest's storage is done with it, which may take long.
+    Trim,
     /// Answered only if it fails.
     NoReply,
 }
@@ -80,6 +82,7 @@ fn kind(name: &str, arguments: &Map) -> Kind {
         "guest-fsfreeze-freeze" | "guest-fsfreeze-freeze-list" | "tarn-fsfreeze-freeze" => Kind::Freeze,
         "guest-fsfreeze-thaw" | "tarn-fsfreeze-thaw" => Kind::Thaw,
         "guest-fsfreeze-status" => Kind::Status,
+        "guest-fstrim" => Kind::Trim,
         "guest-shutdown" | "guest-suspend-disk" | "guest-suspend-ram" | "guest-suspend-hybrid" => {
             Kind::NoReply
         }

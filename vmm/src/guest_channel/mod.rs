@@ -22,7 +22,7 @@
 //! The guest is hostile, clients are nearly as bad. From the guest: one message, as long as the command in
 //! flight justifies; nothing it sends unasked is kept. From each client: one request of up to 1 MiB, and one
 //! client at a time may send a longer one (`guest-file-write`). To each client: nothing further is asked
-//! for it before it has taken its answers, and with [`OUTPUT_TOTAL`] waiting altogether, the client that
+//! for it before it has taken its answers, and with 160 MiB waiting altogether, the client that
 //! has not moved for longest is given up, as is any that does not move for a minute. So neither side ever
 //! has to be slowed down for the other, and whatever the guest sends can be taken at once.
 
@@ -62,7 +62,7 @@ pub struct ChannelConfig {
     pub hold: Duration,
     /// How long the agent may take for most commands.
     pub timeout: Duration,
-    /// How long it may take to freeze: it waits for the guest's writers.
+    /// How long it may take to freeze or trim: it waits for the guest's writers and storage.
     pub freeze_timeout: Duration,
     /// How long it may take to thaw.
     pub thaw_timeout: Duration,

@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use protocol::{Error, ErrorClass};
+use protocol::{Error, ErrorClass, Item};
 use serde_json::{Value, json};
 
 use super::super::broker::{Broker, Outcome};
 use super::super::{ChannelConfig, Client};
-use super::{Wire, arguments, marked_reply, reply};
+use super::{Random, Wire, arguments, marked_reply, reply};
 
 const A: Client = Client::Socket(1);
 const B: Client = Client::Socket(2);
@@ -40,6 +40,14 @@ impl Lab {
         let bytes = self.broker.to_guest().to_vec();
         self.broker.sent_to_guest(bytes.len());
         self.wire.requests(&bytes)
+    }
+
+    /// As [`sent`](Self::sent), for a wire from which bytes were lost.
+    fn sent_lossy(&mut self) -> Vec<Value> {
+        let bytes = self.broker.to_guest().to_vec();
+        self.broker.sent_to_guest(bytes.len());
+        let items = Wire::new().items(&bytes).into_iter();
+        items.filter_map(|item| if let Item::Value(value) = item { Some(value) } else { None }).collect()
     }
 
     fn answer_sync(&mut self) {
@@ -186,6 +194,21 @@ fn a_late_answer_goes_to_nobody() {
     assert_eq!(lab.command(), "guest-ping");
     lab.say(b"{\"return\": {}}\n");
     assert_eq!(lab.outcomes(), [(B, Some(Ok(json!({}))))]);
+}
+
+#[test]
+fn what_waits_for_storage_may_take_long() {
+    for (name, seconds) in
+        [("guest-fsfreeze-freeze", 3600), ("guest-fstrim", 3600), ("guest-fsfreeze-thaw", 600)]
+    {
+        let mut lab = Lab::in_step();
+        lab.ask(A, name, json!({}));
+        lab.sent();
+        lab.pass(Duration::from_secs(seconds - 1));
+        assert!(lab.outcomes().is_empty());
+        lab.pass(SECOND);
+        assert_eq!(lab.outcomes(), [(A, failed(&format!("Guest agent did not answer '{name}' in time")))]);
+    }
 }
 
 #[test]
@@ -529,4 +552,65 @@ fn a_stopped_vm_is_not_asked_and_the_client_is_told() {
     lab.pass(50 * SECOND);
     lab.say(&reply(&json!({})));
     assert_eq!(lab.outcomes(), [(B, Some(Ok(json!({}))))]);
+}
+
+/// A guest that says anything, at any time, to a broker whose clients come and go.
+#[test]
+fn whatever_the_guest_says_every_request_has_one_outcome_in_the_end() {
+    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let seed = std::env::var("SEED").map_or(u64::from(clock.subsec_nanos()), |seed| seed.parse().unwrap());
+    println!("SEED={seed}");
+    let mut random = Random(seed);
+    let mut lab = Lab::new();
+    let commands = [
+        "guest-ping",
+        "guest-sync",
+        "guest-fsfreeze-freeze",
+        "guest-fsfreeze-thaw",
+        "guest-fsfreeze-status",
+        "guest-shutdown",
+    ];
+    let mut waiting = Vec::new();
+    let mut token = json!(0);
+    for _ in 0..20_000 {
+        match random.below(20) {
+            0..5 if waiting.len() < 5 => {
+                let client = (0..).map(Client::Socket).find(|client| !waiting.contains(client)).unwrap();
+                waiting.push(client);
+                lab.ask(client, commands[random.below(commands.len())], json!({"id": 5}));
+            }
+            5 if !waiting.is_empty() => {
+                let client = waiting.swap_remove(random.below(waiting.len()));
+                lab.broker.client_gone(client, random.below(2) == 0, lab.now);
+            }
+            6 => lab.broker.port_opened(lab.now),
+            7 if random.below(10) == 0 => lab.broker.port_closed(lab.now),
+            8 => lab.broker.vm_running(random.below(4) > 0, lab.now),
+            9 => lab.pass(Duration::from_secs([0, 1, 10, 100][random.below(4)])),
+            10 => lab.broker.sent_to_guest(random.below(100)),
+            11..14 => {
+                for request in lab.sent_lossy() {
+                    if request["execute"] == "guest-sync-delimited" {
+                        token = request["arguments"]["id"].clone();
+                    }
+                }
+            }
+            14 => lab.say(&marked_reply(&token)),
+            15 => lab.say(&reply(&json!([5, 0, 1, "thawed", {}])[random.below(5)])),
+            16 => lab.say(b"{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}}"),
+            _ => {
+                let alphabet = b"{}[]:,\"\n\x01\xff\\r019";
+                let garbage: Vec<u8> =
+                    (0..random.below(30)).map(|_| alphabet[random.below(alphabet.len())]).collect();
+                lab.say(&garbage);
+            }
+        }
+        for (client, _) in lab.outcomes() {
+            let index = waiting.iter().position(|waiting| *waiting == client);
+            waiting.swap_remove(index.expect("an outcome nobody waits for"));
+        }
+    }
+    lab.broker.vm_running(true, lab.now);
+    lab.pass(Duration::from_secs(6 * 3600));
+    assert_eq!(lab.outcomes().len(), waiting.len());
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::super::{CLIENTS_MAX, ChannelConfig, GuestChannel};
-use super::{Wire, arguments};
+use super::{Random, Wire, arguments};
 use crate::event_loop::{Interest, Ready, Token, Watch};
 
 /// Registrations of a loop that finds everything ready that is waited for: sockets never block.
@@ -449,18 +449,6 @@ fn closing_ends_every_connection() {
     assert!(watch.0.is_empty());
     client.receive();
     assert!(client.ended);
-}
-
-/// SplitMix64 (Steele, Lea, Flood 2014).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        usize::try_from((mixed ^ (mixed >> 31)) % bound as u64).unwrap()
-    }
 }
 
 /// A client of the random test.
