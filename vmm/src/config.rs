@@ -92,7 +92,7 @@ fn default_cpus() -> u8 {
 }
 
 fn default_thaw_grace() -> u32 {
-    10
+    60
 }
 
 /// How the kernel is entered.
