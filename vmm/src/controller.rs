@@ -76,8 +76,9 @@ pub struct Fixed {
 }
 
 impl Fixed {
-    fn build(&self) -> Result<Machine, MachineError> {
+    fn build(&self, number: u64) -> Result<Machine, MachineError> {
         let Self { spec, kvm, boot, disks, ports, events } = self;
+        let events = &events.for_machine(number);
         builder::build(&Parts { spec, kvm, boot, disks, ports, events })
     }
 }
@@ -105,7 +106,7 @@ impl Controller {
     ///
     /// It cannot be built.
     pub fn new(fixed: Fixed) -> Result<Self, MachineError> {
-        let machine = fixed.build()?;
+        let machine = fixed.build(0)?;
         let failed_disks = vec![None; fixed.disks.len()];
         Ok(Self {
             fixed,
@@ -195,12 +196,16 @@ impl Controller {
         self.loss.take()
     }
 
-    /// A vCPU has something to say.
+    /// A vCPU of machine `machine` has something to say.
     ///
     /// # Errors
     ///
     /// What policy asks for cannot be done.
-    pub fn vcpu_event(&mut self, index: u8, event: VcpuEvent) -> Result<(), ControlError> {
+    pub fn vcpu_event(&mut self, machine: u64, index: u8, event: VcpuEvent) -> Result<(), ControlError> {
+        if machine != self.generation {
+            tracing::debug!(machine, index, ?event, "A vCPU of a machine that is gone");
+            return Ok(());
+        }
         let on = self.fixed.spec.on_guest;
         let done = match event {
             VcpuEvent::Shutdown => {
@@ -367,7 +372,7 @@ impl Controller {
     fn rebuild(&mut self, next: RunState) -> Result<(), ControlError> {
         self.machine = None;
         self.generation += 1;
-        match self.fixed.build() {
+        match self.fixed.build(self.generation) {
             Ok(machine) => self.machine = Some(machine),
             Err(source) => {
                 self.state = RunState::InternalError;

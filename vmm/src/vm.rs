@@ -122,7 +122,9 @@ impl ControlLoop {
         self.ports.drain_output(&mut self.core, watch);
         while let Some(event) = self.inbox.next() {
             let done = match event {
-                VmEvent::Vcpu { index, event } => self.core.controller.vcpu_event(index, event),
+                VmEvent::Vcpu { machine, index, event } => {
+                    self.core.controller.vcpu_event(machine, index, event)
+                }
                 VmEvent::Disk(event) => self.core.controller.disk_event(&event),
             };
             log_failure(done);

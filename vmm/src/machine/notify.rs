@@ -13,6 +13,8 @@ use crate::vcpu::VcpuEvent;
 pub enum VmEvent {
     /// A vCPU stopped by itself and is parked, or tells of the guest.
     Vcpu {
+        /// The machine it belongs to: after a reset, what the old one's threads had to say is of no interest.
+        machine: u64,
         /// Which one.
         index: u8,
         /// What happened.
@@ -27,9 +29,20 @@ pub enum VmEvent {
 pub struct Notifier {
     events: Sender<VmEvent>,
     wake: Arc<EventFd>,
+    machine: u64,
 }
 
 impl Notifier {
+    /// The same, for the threads of machine number `machine`.
+    pub fn for_machine(&self, machine: u64) -> Self {
+        Self { machine, ..self.clone() }
+    }
+
+    /// A vCPU has something to say.
+    pub fn post_vcpu(&self, index: u8, event: VcpuEvent) {
+        self.post(VmEvent::Vcpu { machine: self.machine, index, event });
+    }
+
     /// Posts. The control loop may be gone already: then nobody is interested.
     pub fn post(&self, event: VmEvent) {
         if self.events.send(event).is_ok()
@@ -68,5 +81,5 @@ impl Inbox {
 pub fn channel() -> std::io::Result<(Notifier, Inbox)> {
     let (sender, receiver) = mpsc::channel();
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-    Ok((Notifier { events: sender, wake: Arc::clone(&wake) }, Inbox { events: receiver, wake }))
+    Ok((Notifier { events: sender, wake: Arc::clone(&wake), machine: 0 }, Inbox { events: receiver, wake }))
 }

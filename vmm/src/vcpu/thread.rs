@@ -16,7 +16,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::exit::{self, Outcome};
 use super::{Buses, VcpuCommand, VcpuEvent, VcpuFault};
-use crate::machine::notify::{Notifier, VmEvent};
+use crate::machine::notify::Notifier;
 
 thread_local! {
     /// This thread's `kvm_run.immediate_exit`, for the kick handler; null outside a vCPU thread.
@@ -129,7 +129,7 @@ impl VcpuThread {
     /// Posts `event`; all but a crash kernel's start park the vCPU.
     fn tell(&mut self, event: VcpuEvent) -> State {
         let park = event != VcpuEvent::CrashLoaded;
-        self.events.post(VmEvent::Vcpu { index: self.index, event });
+        self.events.post_vcpu(self.index, event);
         if park { State::Paused } else { State::Running }
     }
 
