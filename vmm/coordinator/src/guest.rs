@@ -18,10 +18,10 @@ const SYNC: &str = "guest-sync-delimited";
 /// How long the first attempt to get in step waits before it is repeated; each one waits twice as long as the last.
 /// Tarn's broker holds a request until the guest has an agent: then repeating it only makes more work. Elsewhere, what is
 /// sent before the agent is there is lost.
-const FIRST_ATTEMPT: Duration = Duration::from_secs(1);
+const FIRST_ATTEMPT: Duration = Duration::from_secs(4);
 /// And after an attempt was answered with an error, by the broker or by an agent of the old school.
 const AFTER_ERROR: Duration = Duration::from_millis(5);
-const LONGEST_ATTEMPT: Duration = Duration::from_secs(16);
+const LONGEST_ATTEMPT: Duration = Duration::from_secs(32);
 
 /// A connection to a guest agent.
 #[derive(Debug)]

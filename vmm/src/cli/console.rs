@@ -32,9 +32,13 @@ pub(super) fn run(args: &ConsoleArgs) -> anyhow::Result<u8> {
     }
     let raw = RawMode::enter().context("Cannot take over the terminal")?;
     let ended = relay(&mut socket, raw.is_some());
+    let was_raw = raw.is_some();
     drop(raw);
-    if let Left::VmEnded = ended? {
-        tracing::info!("VM {} has ended", vm.name());
+    match ended? {
+        // The guest's last line is seldom complete.
+        Left::ByUser if was_raw => output::complain_below("Left the console; the VM goes on"),
+        Left::VmEnded if was_raw => output::complain_below(&format!("VM {} has ended", vm.name())),
+        _ => {}
     }
     Ok(0)
 }

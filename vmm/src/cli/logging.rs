@@ -1,7 +1,7 @@
 //! Log messages: to standard error or a file, warnings unless more is wanted.
 
 use std::fs::OpenOptions;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -19,7 +19,7 @@ pub(super) fn start(global: &Global) -> anyhow::Result<()> {
     };
     let builder = tracing_subscriber::fmt().with_max_level(level).with_target(level >= LevelFilter::DEBUG);
     match &global.log_file {
-        None => builder.without_time().with_writer(io::stderr).init(),
+        None => builder.without_time().with_ansi(io::stderr().is_terminal()).with_writer(io::stderr).init(),
         Some(path) => {
             let file = OpenOptions::new().append(true).create(true).open(path);
             let file = file.with_context(|| format!("Cannot open log file {path:?}"))?;

@@ -28,6 +28,11 @@ pub(super) fn or_closed(result: io::Result<()>) -> anyhow::Result<()> {
     }
 }
 
+/// [`complain`], below whatever a guest has left in the current line of the terminal.
+pub(super) fn complain_below(text: &str) {
+    let _ = writeln!(io::stderr(), "\ntarn: {text}");
+}
+
 /// Says what is wrong, once, on standard error. There is nobody left to tell when that fails.
 pub(super) fn complain(text: &str) {
     let _ = writeln!(io::stderr(), "tarn: {text}");

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use coordinator::recipes::ExecRequest;
-use coordinator::{GuestSession, Map, MonitorSession};
+use coordinator::{GuestSession, Map, MonitorSession, SessionError};
 
 use crate::cli::exec::{read_input, run_and_pass_on};
 use crate::cli::output;
@@ -35,13 +35,18 @@ pub(super) struct Plan {
 }
 
 /// How much of the console is kept.
-const TAIL: usize = 2 << 10;
+const TAIL: usize = 8 << 10;
 /// How many of its lines are shown.
-const TAIL_LINES: usize = 12;
+const TAIL_LINES: usize = 40;
 /// After the VM has ended: how long its clients may take to notice.
 const NOTICE: Duration = Duration::from_secs(1);
 /// How long a guest with disks may take to shut down.
 const SHUTDOWN: Duration = Duration::from_secs(30);
+
+/// The guest has gone: there is nobody left to blame for what did not work.
+#[derive(Debug, thiserror::Error)]
+#[error("The guest has ended")]
+struct GuestEnded;
 
 /// Runs the VM, the command in it, and gives the command's status.
 pub(super) fn run(spec: &VmSpec, dir: &RunDir, plan: Plan, verbose: bool) -> anyhow::Result<u8> {
@@ -53,7 +58,8 @@ pub(super) fn run(spec: &VmSpec, dir: &RunDir, plan: Plan, verbose: bool) -> any
         let console = paths.clone();
         thread::spawn(move || keep_console(&console, verbose, &tail_sender));
         thread::spawn(move || {
-            let result = exec(&paths, plan);
+            let result =
+                exec(&paths, plan).map_err(|error| if runs(&paths) { error } else { GuestEnded.into() });
             // The receiver is there for as long as the VM is.
             let _ = status_sender.send(result);
             if let Err(error) = end_vm(&paths, writes) {
@@ -75,9 +81,21 @@ fn exec(paths: &VmPaths, plan: Plan) -> anyhow::Result<u8> {
     run_and_pass_on(&mut agent, &request)
 }
 
+/// Whether the guest goes on, whatever its agent does.
+fn runs(paths: &VmPaths) -> bool {
+    let status = MonitorSession::connect(&paths.monitor_socket(), NOTICE)
+        .and_then(|mut monitor| monitor.execute("query-status", None, NOTICE));
+    status.is_ok_and(|status| status["running"] == true)
+}
+
 /// A guest with disks that it may have written to shuts down first: its filesystems are to be whole.
 fn end_vm(paths: &VmPaths, writes: bool) -> anyhow::Result<()> {
-    let mut monitor = MonitorSession::connect(&paths.monitor_socket(), NOTICE)?;
+    let mut monitor = match MonitorSession::connect(&paths.monitor_socket(), NOTICE) {
+        Ok(monitor) => monitor,
+        // It has ended by itself.
+        Err(SessionError::Connect { .. } | SessionError::Closed { .. }) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
     if writes {
         let began = Instant::now();
         let arguments = Map::from_iter([("mode".to_owned(), "powerdown".into())]);
@@ -93,7 +111,7 @@ fn end_vm(paths: &VmPaths, writes: bool) -> anyhow::Result<()> {
         }
     }
     match monitor.execute("quit", None, SHUTDOWN) {
-        Ok(_) | Err(coordinator::SessionError::Closed { .. }) => Ok(()),
+        Ok(_) | Err(SessionError::Closed { .. }) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }
@@ -124,7 +142,7 @@ fn conclude(
     let error = match status.recv_timeout(NOTICE) {
         Ok(Ok(status)) => return Ok(status),
         Ok(Err(error)) if error.is::<output::Closed>() => return Err(error),
-        Ok(Err(error)) if !is_hang_up(&error) => error,
+        Ok(Err(error)) if !error.is::<GuestEnded>() => error,
         Ok(Err(_)) | Err(_) => anyhow!("The guest ended before the command had: {}", outcome.cause),
     };
     let tail = tail.recv_timeout(NOTICE).unwrap_or_default();
@@ -137,15 +155,6 @@ fn conclude(
     }
     output::complain(&format!("{error:#}"));
     Ok(outcome.exit)
-}
-
-fn is_hang_up(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        matches!(
-            cause.downcast_ref(),
-            Some(coordinator::SessionError::Closed { .. } | coordinator::SessionError::Connect { .. })
-        )
-    })
 }
 
 fn last_lines(tail: &[u8]) -> String {
@@ -181,8 +190,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_dies_is_told_with_its_last_lines() {
-        let closed = coordinator::SessionError::Closed { peer: coordinator::Peer::Agent };
-        for result in [None, Some(Err(closed.into()))] {
+        for result in [None, Some(Err(GuestEnded.into()))] {
             let error = concluded(0, result, "one\r\n\r\ntwo\r\n").unwrap_err();
             assert!(error.contains("  | one\n  | two\n"), "{error}");
             assert!(error.ends_with("The guest ended before the command had: guest shutdown"), "{error}");
