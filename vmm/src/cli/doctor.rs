@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::output;
 
 pub(super) use host::refuse_too_much_memory;
-pub(super) use kvm::{explain_kvm, refuse_software_kvm};
+pub(super) use kvm::refuse_software_kvm;
 
 /// Check whether this host can run VMs, and say what to do where it cannot
 #[derive(Debug, Args)]

@@ -67,11 +67,5 @@ fn start(spec: &VmSpec, dir: &RunDir, foreground: Foreground) -> anyhow::Result<
 }
 
 fn run_vm(spec: &VmSpec, dir: &RunDir, foreground: Foreground) -> anyhow::Result<Outcome> {
-    vm::run(spec, dir, foreground)
-        .map_err(|error| match doctor::explain_kvm() {
-            // The way to a KVM that can be used says more than what failed without it.
-            Some(explained) => explained,
-            None => error.into(),
-        })
-        .with_context(|| format!("Cannot run VM {}", spec.name))
+    vm::run(spec, dir, foreground).with_context(|| format!("Cannot run VM {}", spec.name))
 }
