@@ -25,6 +25,8 @@
 //!   flight, so memory may go after it.
 //! - Order is the caller's: operations in flight together may be carried out in any order; a flush
 //!   covers what was completed before it was queued.
+//! - A flush that failed cannot be repaired by another: without direct I/O the engine keeps failing
+//!   flushes from then on, because Linux forgets what it could not write back.
 //! - Short transfers, `EINTR`, direct I/O's alignment and what a filesystem cannot do (holes, zeroes)
 //!   are the engine's: the caller sees all or an error.
 //!
