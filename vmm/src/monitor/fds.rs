@@ -20,12 +20,15 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use protocol::Error;
 use serde_json::{Value, json};
 
+// All bounds together stay well below the customary limit of 1024 descriptors: clients cannot take those that
+// the VM needs.
+
 /// Descriptors of one client that no command has taken yet; the oldest go when there are more.
-const PENDING_MAX: usize = 16;
+const PENDING_MAX: usize = 4;
 /// Names of one client.
-const NAMES_MAX: usize = 64;
+const NAMES_MAX: usize = 12;
 /// Descriptors in all sets of the VM.
-const SET_FDS_MAX: usize = 256;
+const SET_FDS_MAX: usize = 64;
 
 /// What one client handed in.
 #[derive(Debug, Default)]

@@ -48,7 +48,7 @@ use crate::event_loop::{Interest, Ready, Token, Watch};
 use crate::socket::{Listener, SocketError};
 
 /// Clients at a time; more are turned away.
-const CLIENTS_MAX: usize = 64;
+const CLIENTS_MAX: usize = 32;
 
 /// The monitor of a VM.
 #[derive(Debug)]
