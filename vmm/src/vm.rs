@@ -185,19 +185,21 @@ impl ControlLoop {
             self.generation = Some(self.core.controller.generation());
         }
         self.core.guest.vm_running(self.core.controller.state().is_running(), now);
+        // An outcome lets a session's next request in; an event may close a session that froze the guest: both have
+        // bytes for the port again.
         loop {
             self.ports.settle(&mut self.core, watch);
             let relayed = self.core.guest.take_relayed();
-            if relayed.is_empty() {
+            let events = self.core.take_all_events();
+            if relayed.is_empty() && events.is_empty() {
                 break;
             }
-            // An outcome lets a session's next request in, which has bytes for the port again.
             for (session, result) in relayed {
                 self.monitor.complete_guest(SessionId(session), result, &mut self.core, now, watch);
             }
-        }
-        for event in self.core.take_all_events() {
-            self.monitor.emit(&event, &mut self.core, now, watch);
+            for event in events {
+                self.monitor.emit(&event, &mut self.core, now, watch);
+            }
         }
         self.arm_timer();
     }
