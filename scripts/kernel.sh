@@ -9,6 +9,7 @@
 #   modules_in_order MODULES NAME…          paths, below the directory MODULES with its modules.dep, of the named modules and
 #                                           all they depend on, dependencies first, each once; names that are built in or
 #                                           unknown to this kernel are left out
+#   kernel_knows MODULES NAME               whether NAME is one of its modules or built in
 #   plain_module PATH                       the module's bytes, decompressed
 
 module_tree() {
@@ -50,6 +51,11 @@ modules_in_order() {
     done <"$tree/modules.dep"
     shift
     for name; do module_visit "$name"; done
+}
+
+kernel_knows() {
+    local name=${2//[-_]/[-_]} # the files' names have either
+    grep -qE "/$name\.ko" "$1/modules.dep" "$1/modules.builtin"
 }
 
 # module_visit NAME: prints what NAME depends on, then NAME.
