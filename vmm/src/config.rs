@@ -61,7 +61,7 @@ pub struct VmSpec {
     /// Build everything, start no vCPU: state `prelaunch` until `cont`.
     #[serde(default)]
     pub start_paused: bool,
-    /// Seconds between the departure of a client that froze the guest and the thaw.
+    /// Seconds between the departure of a client that froze the guest and the thaw; 0 leaves it frozen.
     #[serde(default = "default_thaw_grace")]
     pub thaw_grace: u32,
 }

@@ -395,6 +395,35 @@ fn a_console_without_a_terminal_passes_bytes_as_they_are() {
 }
 
 #[test]
+fn shells_complete_the_names_of_running_vms() {
+    let stand = Stand::start("running");
+    for (line, index, expected) in [("stop v", 2, "vm"), ("cp vm", 2, "vm:\nvm/"), ("st", 1, "stop")] {
+        let mut command = stand.tarn(&format!("-- tarn {line}"));
+        command.env("COMPLETE", "bash").env("_CLAP_COMPLETE_INDEX", index.to_string()).env("_CLAP_IFS", "\n");
+        assert_eq!(out(&mut command).trim(), expected, "{line}");
+    }
+}
+
+#[test]
+fn a_copy_that_is_interrupted_leaves_nothing() {
+    let stand = Stand::start("running");
+    let there = stand.path("there");
+    let mut child =
+        stand.tarn(&format!("cp - vm:{}", there.display())).stdin(Stdio::piped()).spawn().unwrap();
+    let mut input = child.stdin.take().unwrap();
+    // More than the pipe holds: when this returns, the copy is under way.
+    input.write_all(&vec![7; 1 << 20]).unwrap();
+    let pid = i32::try_from(child.id()).unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), rustix::process::Signal::INT)
+        .unwrap();
+    // What it reads next is not taken any more.
+    let _ = input.write_all(&[7]);
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let names: Vec<_> = fs::read_dir(stand.base.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names, ["vm"]);
+}
+
+#[test]
 fn a_reader_that_leaves_is_no_failure() {
     let stand = Stand::start("running");
     let mut child =

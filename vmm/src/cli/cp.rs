@@ -13,6 +13,7 @@ use coordinator::GuestSession;
 use coordinator::recipes::{copy_from_guest, copy_to_guest};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::interrupt::{self, Interruptible};
 use super::output;
 use crate::config::check_name;
 use crate::run_dir::RunningVm;
@@ -44,7 +45,9 @@ enum Place {
 }
 
 pub(super) fn run(args: &CpArgs) -> anyhow::Result<u8> {
-    match (place(&args.source)?, place(&args.destination)?) {
+    let (source, destination) = (place(&args.source)?, place(&args.destination)?);
+    interrupt::only_ask()?;
+    match (source, destination) {
         (Place::Guest { vm, path }, Place::Stream) => {
             let result = fetch(&vm, &path, &mut io::stdout().lock());
             result.map_err(|error| if is_broken_pipe(&error) { output::Closed.into() } else { error })?;
@@ -110,7 +113,7 @@ fn connect(vm: &str) -> anyhow::Result<GuestSession> {
 fn fetch(vm: &str, path: &str, sink: &mut dyn Write) -> anyhow::Result<u64> {
     let mut agent = connect(vm)?;
     let bar = progress_bar(None);
-    let copied = copy_from_guest(&mut agent, path, sink, &mut |done, total| {
+    let copied = copy_from_guest(&mut agent, path, &mut Interruptible(sink), &mut |done, total| {
         if let (Some(total), None) = (total, bar.length()) {
             bar.set_length(total);
             bar.set_style(with_length());
@@ -124,7 +127,8 @@ fn fetch(vm: &str, path: &str, sink: &mut dyn Write) -> anyhow::Result<u64> {
 fn put(vm: &str, source: &mut dyn Read, path: &str, name: &str, len: Option<u64>) -> anyhow::Result<u64> {
     let mut agent = connect(vm)?;
     let bar = progress_bar(len);
-    let copied = copy_to_guest(&mut agent, source, path, name, &mut |done| bar.set_position(done));
+    let copied =
+        copy_to_guest(&mut agent, &mut Interruptible(source), path, name, &mut |done| bar.set_position(done));
     bar.finish_and_clear();
     copied.with_context(|| format!("Cannot copy to {path} in VM {vm}"))
 }

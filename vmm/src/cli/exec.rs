@@ -8,6 +8,7 @@ use anyhow::{Context, anyhow};
 use clap::Args;
 use coordinator::GuestSession;
 use coordinator::recipes::{self, ExecError, ExecRequest, Output, Stream};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::output;
 use super::vm_name::VmName;
@@ -38,6 +39,9 @@ pub(super) struct ExecArgs {
     #[arg(required = true, last = true, value_name = "COMMAND")]
     command: Vec<OsString>,
 }
+
+/// After this long without a byte of standard input, its user may wonder.
+const PUZZLING: Timespec = Timespec { tv_sec: 3, tv_nsec: 0 };
 
 /// How long an agent may take to show that it is there.
 const AGENT: Duration = Duration::from_secs(30);
@@ -71,10 +75,16 @@ fn variable(text: &str) -> Result<String, String> {
     }
 }
 
-/// All of standard input.
+/// All of standard input. The agent takes it whole, so this waits for its end: which may never come, if it was inherited
+/// from something that just happens to hold a pipe open.
 pub(super) fn read_input() -> anyhow::Result<Vec<u8>> {
     let mut input = Vec::new();
-    io::stdin().lock().read_to_end(&mut input).context("Cannot read standard input")?;
+    let stdin = io::stdin();
+    let mut fds = [PollFd::new(&stdin, PollFlags::IN)];
+    if let Ok(0) = poll(&mut fds, Some(&PUZZLING)) {
+        output::complain("Waiting for the end of standard input (--no-input leaves it alone)");
+    }
+    stdin.lock().read_to_end(&mut input).context("Cannot read standard input")?;
     Ok(input)
 }
 

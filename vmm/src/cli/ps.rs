@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::time::{Duration, SystemTime};
 
 use clap::Args;
-use coordinator::MonitorSession;
+use coordinator::{MonitorSession, SessionError};
 use serde::Serialize;
 
 use super::output;
@@ -14,6 +14,8 @@ use crate::run_dir::RunningVm;
 /// How long a monitor may take. One that hangs must not hide the others.
 const PATIENCE: Duration = Duration::from_millis(1500);
 const HUNG: &str = "not responding";
+/// Its process lives and has no monitor yet.
+const STARTING: &str = "starting";
 
 /// List the running VMs
 #[derive(Debug, Args)]
@@ -64,7 +66,11 @@ fn row(vm: &RunningVm) -> Option<Row> {
     Some(Row {
         name: vm.name().to_owned(),
         pid: vm.pid,
-        state: state.unwrap_or_else(|_| HUNG.to_owned()),
+        state: match state {
+            Ok(state) => state,
+            Err(SessionError::Connect { .. }) => STARTING.to_owned(),
+            Err(_) => HUNG.to_owned(),
+        },
         uptime_seconds: vm
             .started()
             .and_then(|started| SystemTime::now().duration_since(started).ok())

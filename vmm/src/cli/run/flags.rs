@@ -105,7 +105,7 @@ pub struct RunArgs {
     /// When the guest's kernel panics [default: exit:70]
     #[arg(long, value_name = "ACTION", help_heading = "Policies")]
     on_guest_panic: Option<GuestAction>,
-    /// Seconds until the guest is thawed when the client that froze it has gone [default: 10]
+    /// Seconds until the guest is thawed when the client that froze it has gone; 0 is never [default: 10]
     #[arg(long, value_name = "SECONDS", help_heading = "Policies")]
     thaw_grace: Option<u32>,
 
