@@ -88,6 +88,16 @@ pub enum ExecError {
     /// The agent could not start it, or cannot be asked.
     #[error(transparent)]
     Session(#[from] SessionError),
+    /// The agent that started it is not the one that answers, or has told someone else of its end.
+    #[error(
+        "{path} was started, but the agent does not know of it any more: the guest or its agent was started again"
+    )]
+    Lost {
+        /// The program.
+        path: String,
+        /// In the agent's words.
+        source: SessionError,
+    },
     /// It takes too long.
     #[error("{path} still runs in the guest after {} s; it is left running", .limit.as_secs_f64())]
     Timeout {
@@ -126,7 +136,11 @@ pub fn exec(
                 None => return Err(ExecError::Timeout { path: request.path.clone(), limit }),
             },
         };
-        if let Some(ended) = poll(session, pid, left)? {
+        let polled = poll(session, pid, left).map_err(|error| match error {
+            source @ SessionError::Refused { .. } => ExecError::Lost { path: request.path.clone(), source },
+            error => error.into(),
+        });
+        if let Some(ended) = polled? {
             deliver(&ended, output)
                 .map_err(|source| ExecError::Output { path: request.path.clone(), source })?;
             return status(&ended);
@@ -317,6 +331,17 @@ mod tests {
             client.request("guest-exec");
         });
         assert!(matches!(result, Err(ExecError::Session(SessionError::Closed { .. }))));
+    }
+
+    #[test]
+    fn a_guest_that_starts_again_loses_the_command() {
+        let (result, ..) = run(&ExecRequest::shell("reboot"), |client| {
+            client.request("guest-exec");
+            client.send(json!({"return": {"pid": 1}}));
+            client.request("guest-exec-status");
+            client.send(json!({"error": {"class": "GenericError", "desc": "PID 1 does not exist"}}));
+        });
+        assert!(matches!(result, Err(ExecError::Lost { .. })), "{result:?}");
     }
 
     #[test]
