@@ -168,7 +168,7 @@ impl Controller {
     ///
     /// # Errors
     ///
-    /// See [`ControlError`]; the guest runs on then.
+    /// See [`ControlError`]; the guest runs on then, as far as it can.
     pub fn stop(&mut self) -> Result<(), ControlError> {
         self.apply(Input::Stop, &[])
     }
@@ -202,7 +202,7 @@ impl Controller {
     ///
     /// What policy asks for cannot be done.
     pub fn vcpu_event(&mut self, machine: u64, index: u8, event: VcpuEvent) -> Result<(), ControlError> {
-        if machine != self.generation {
+        if machine != self.generation || self.ended.is_some() {
             tracing::debug!(machine, index, ?event, "A vCPU of a machine that is gone");
             return Ok(());
         }
@@ -258,14 +258,20 @@ impl Controller {
         if *action != ErrorAction::Stop {
             return Ok(());
         }
-        tracing::error!(%disk, ?operation, sector, "{errno}: the VM stops, `cont` tries again");
-        let index = self.fixed.disks.iter().position(|backend| backend.facts().id == *disk);
-        if let Some(failure) = index.and_then(|index| self.failed_disks.get_mut(index)) {
-            *failure = Some(*nospace);
+        let Some(index) = self.fixed.disks.iter().position(|backend| backend.facts().id == *disk) else {
+            return Ok(());
+        };
+        if !self.fixed.disks[index].is_stopped() {
+            tracing::debug!(%disk, "A disk had stopped, and goes on already");
+            return Ok(());
         }
+        tracing::error!(%disk, ?operation, sector, "{errno}: the VM stops, `cont` tries again");
         match self.apply(Input::IoError, &[]) {
             Err(ControlError::Denied(_)) => Ok(()),
-            done => done,
+            done => {
+                self.failed_disks[index] = Some(*nospace);
+                done
+            }
         }
     }
 
@@ -278,7 +284,7 @@ impl Controller {
         match action {
             GuestAction::Exit(exit) => self.end(Input::GuestShutdown, Ended { exit, cause }),
             GuestAction::Pause => self.apply(keep, &[Event::Shutdown(cause)]),
-            GuestAction::Reset => self.reset(cause),
+            GuestAction::Reset => self.apply(Input::GuestReset, &[Event::Reset(cause)]),
         }
     }
 
@@ -291,14 +297,14 @@ impl Controller {
         };
         let event = Event::GuestPanicked(told);
         match action {
-            GuestAction::Exit(exit) => {
-                self.apply(Input::GuestPanic, &[event])?;
-                self.end(Input::Quit, Ended { exit, cause: ShutdownCause::GuestPanic })
-            }
+            GuestAction::Exit(exit) => match self.apply(Input::GuestPanic, &[event]) {
+                Err(ControlError::Denied(denied)) => Err(denied.into()),
+                // A disk that does not come to rest does not keep a dead guest alive; the end tries it again.
+                _ => self.end(Input::Quit, Ended { exit, cause: ShutdownCause::GuestPanic }),
+            },
             GuestAction::Pause => self.apply(Input::GuestPanic, &[event]),
             GuestAction::Reset => {
-                self.events.push(event);
-                self.reset(ShutdownCause::GuestPanic)
+                self.apply(Input::GuestReset, &[event, Event::Reset(ShutdownCause::GuestPanic)])
             }
         }
     }
@@ -316,39 +322,71 @@ impl Controller {
     }
 
     /// The one place where a state changes: decide, do, publish. `first` are events that come before STOP or RESUME.
+    ///
+    /// A client's wish that cannot be carried out is undone, and the state stays. What has happened has happened: the
+    /// state follows even when the disks do not, and the error is told on top.
     fn apply(&mut self, input: Input, first: &[Event]) -> Result<(), ControlError> {
         let before = self.state;
-        let (state, effect) = before.on(input)?;
-        match effect {
-            Effect::Nothing => {}
-            Effect::Pause => self.pause(before)?,
-            Effect::Halt => self.with_machine(Machine::pause_vcpus)?,
-            Effect::Resume => self.resume()?,
-            Effect::Reset => self.rebuild(state)?,
-            Effect::Teardown => self.tear_down(),
+        if self.ended.is_some() {
+            return Err(Denied { state: before, input }.into());
         }
+        let (state, effect) = before.on(input)?;
+        let done = match effect {
+            Effect::Nothing => Ok(()),
+            Effect::Pause => self.pause(),
+            Effect::Halt => self.with_machine(Machine::pause_vcpus),
+            Effect::Resume => self.resume(),
+            Effect::Reset => self.rebuild(state),
+            Effect::Teardown => {
+                self.tear_down();
+                Ok(())
+            }
+        };
+        let state = match (&done, effect) {
+            (Ok(()), _) => state,
+            (Err(_), Effect::Reset) => RunState::InternalError,
+            (Err(_), _) if input.is_fact() => state,
+            (Err(_), _) => {
+                self.undo(before);
+                return done;
+            }
+        };
+        self.publish(before, state, first);
+        done
+    }
+
+    fn publish(&mut self, before: RunState, state: RunState, first: &[Event]) {
         self.state = state;
         self.events.extend_from_slice(first);
         match (before.is_running(), state.is_running()) {
             (true, false) => self.events.push(Event::Stop),
-            (false, true) => self.events.push(Event::Resume),
+            (false, true) => {
+                self.failed_disks.fill(None);
+                self.events.push(Event::Resume);
+            }
             _ => {}
         }
-        Ok(())
+    }
+
+    /// A wish failed half way: back to where everything was, as far as it goes.
+    fn undo(&self, before: RunState) {
+        let back = if before.is_running() { self.resume() } else { self.pause() };
+        if let Err(error) = back {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "Nor can the VM go back to where it was"
+            );
+        }
     }
 
     fn with_machine(&self, verb: impl Fn(&Machine) -> Result<(), VcpuError>) -> Result<(), ControlError> {
         self.machine.as_ref().map_or(Ok(()), |machine| Ok(verb(machine)?))
     }
 
-    /// vCPUs first, then the disks, each drained and flushed. If one fails, everything runs on as before.
-    fn pause(&self, before: RunState) -> Result<(), ControlError> {
+    /// vCPUs first, then the disks, each drained and flushed.
+    fn pause(&self) -> Result<(), ControlError> {
         self.with_machine(Machine::pause_vcpus)?;
-        let paused = self.each_disk(BlkBackend::pause);
-        if paused.is_err() && before.is_running() {
-            self.resume()?;
-        }
-        paused
+        self.each_disk(BlkBackend::pause)
     }
 
     fn resume(&self) -> Result<(), ControlError> {
@@ -372,14 +410,9 @@ impl Controller {
     fn rebuild(&mut self, next: RunState) -> Result<(), ControlError> {
         self.machine = None;
         self.generation += 1;
-        match self.fixed.build(self.generation) {
-            Ok(machine) => self.machine = Some(machine),
-            Err(source) => {
-                self.state = RunState::InternalError;
-                return Err(ControlError::Rebuild { source });
-            }
-        }
         self.failed_disks.fill(None);
+        let machine = self.fixed.build(self.generation).map_err(|source| ControlError::Rebuild { source })?;
+        self.machine = Some(machine);
         if next.is_running() { self.resume() } else { Ok(()) }
     }
 

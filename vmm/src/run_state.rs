@@ -76,8 +76,10 @@ pub enum Input {
     Stop,
     /// A client, or a signal, ends the VM.
     Quit,
-    /// A client resets the VM, or the guest does and policy lets it.
+    /// A client resets the VM.
     Reset,
+    /// The guest asks for a reset, and policy lets it.
+    GuestReset,
     /// The guest switched itself off and policy ends the VM.
     GuestShutdown,
     /// The guest switched itself off, and policy keeps the VM for inspection.
@@ -91,12 +93,27 @@ pub enum Input {
 }
 
 impl Input {
+    /// Whether it tells of something that has happened: it cannot be refused by failing to follow it.
+    pub fn is_fact(self) -> bool {
+        match self {
+            Self::Cont | Self::Stop | Self::Reset => false,
+            Self::Quit
+            | Self::GuestReset
+            | Self::GuestShutdown
+            | Self::GuestShutdownKept
+            | Self::GuestPanic
+            | Self::VcpuFault
+            | Self::IoError => true,
+        }
+    }
+
     /// All of them, for tests.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Cont,
         Self::Stop,
         Self::Quit,
         Self::Reset,
+        Self::GuestReset,
         Self::GuestShutdown,
         Self::GuestShutdownKept,
         Self::GuestPanic,
@@ -148,11 +165,9 @@ impl RunState {
             (Prelaunch | Paused | IoError, Input::Cont) => (Running, Resume),
             (GuestPanicked | InternalError | Shutdown, Input::Cont) => return self.deny(input),
 
-            (Running, Input::Stop) => (Paused, Pause),
-            // Repeats drain and flush again, as in QEMU: the reply always means "quiet on disk".
-            (Paused, Input::Stop) => (Paused, Pause),
-            // The held request stays held: there is nothing to drain.
-            (IoError, Input::Stop) => (Paused, Nothing),
+            // Repeats drain and flush again, as in QEMU: the reply always means "quiet on disk". In io-error, too: the
+            // other disks are not at rest yet, and the one that failed holds its request through it.
+            (Running | Paused | IoError, Input::Stop) => (Paused, Pause),
             (Prelaunch | GuestPanicked | InternalError | Shutdown, Input::Stop) => return self.deny(input),
 
             (Running, Input::Reset) => (Running, Reset),
@@ -163,17 +178,20 @@ impl RunState {
             // Events of the guest. One that arrives during a pause is applied, not dropped; before the first
             // instruction and after the last there are none.
             (Running | Paused | IoError, Input::GuestShutdown) => (Shutdown, Teardown),
-            (Running, Input::GuestShutdownKept) => (Shutdown, Pause),
-            (Paused | IoError, Input::GuestShutdownKept) => (Shutdown, Nothing),
-            (Running, Input::GuestPanic) => (GuestPanicked, Pause),
-            (Paused | IoError, Input::GuestPanic) => (GuestPanicked, Nothing),
-            (Running, Input::VcpuFault) => (InternalError, Pause),
-            (Paused | IoError, Input::VcpuFault) => (InternalError, Nothing),
+            (Running | IoError, Input::GuestShutdownKept) => (Shutdown, Pause),
+            (Paused, Input::GuestShutdownKept) => (Shutdown, Nothing),
+            (Running, Input::GuestReset) => (Running, Reset),
+            (Paused | IoError, Input::GuestReset) => (Prelaunch, Reset),
+            (Running | IoError, Input::GuestPanic) => (GuestPanicked, Pause),
+            (Paused, Input::GuestPanic) => (GuestPanicked, Nothing),
+            (Running | IoError, Input::VcpuFault) => (InternalError, Pause),
+            (Paused, Input::VcpuFault) => (InternalError, Nothing),
             (Running, Input::IoError) => (IoError, Halt),
             (Paused | IoError, Input::IoError) => (IoError, Nothing),
             (
                 Prelaunch | GuestPanicked | InternalError | Shutdown,
                 Input::GuestShutdown
+                | Input::GuestReset
                 | Input::GuestShutdownKept
                 | Input::GuestPanic
                 | Input::VcpuFault
@@ -193,10 +211,10 @@ mod tests {
     use super::*;
 
     /// The whole table, a row per state, in the order of [`Input::ALL`]; `-` is denied.
-    const TABLE: [(RunState, [&str; 9]); 7] = [
+    const TABLE: [(RunState, [&str; 10]); 7] = [
         (
             RunState::Prelaunch,
-            ["running Resume", "-", "shutdown Teardown", "prelaunch Reset", "-", "-", "-", "-", "-"],
+            ["running Resume", "-", "shutdown Teardown", "prelaunch Reset", "-", "-", "-", "-", "-", "-"],
         ),
         (
             RunState::Running,
@@ -204,6 +222,7 @@ mod tests {
                 "running Nothing",
                 "paused Pause",
                 "shutdown Teardown",
+                "running Reset",
                 "running Reset",
                 "shutdown Teardown",
                 "shutdown Pause",
@@ -219,6 +238,7 @@ mod tests {
                 "paused Pause",
                 "shutdown Teardown",
                 "prelaunch Reset",
+                "prelaunch Reset",
                 "shutdown Teardown",
                 "shutdown Nothing",
                 "guest-panicked Nothing",
@@ -230,25 +250,29 @@ mod tests {
             RunState::IoError,
             [
                 "running Resume",
-                "paused Nothing",
+                "paused Pause",
                 "shutdown Teardown",
                 "prelaunch Reset",
+                "prelaunch Reset",
                 "shutdown Teardown",
-                "shutdown Nothing",
-                "guest-panicked Nothing",
-                "internal-error Nothing",
+                "shutdown Pause",
+                "guest-panicked Pause",
+                "internal-error Pause",
                 "io-error Nothing",
             ],
         ),
         (
             RunState::GuestPanicked,
-            ["-", "-", "shutdown Teardown", "prelaunch Reset", "-", "-", "-", "-", "-"],
+            ["-", "-", "shutdown Teardown", "prelaunch Reset", "-", "-", "-", "-", "-", "-"],
         ),
         (
             RunState::InternalError,
-            ["-", "-", "shutdown Teardown", "prelaunch Reset", "-", "-", "-", "-", "-"],
+            ["-", "-", "shutdown Teardown", "prelaunch Reset", "-", "-", "-", "-", "-", "-"],
         ),
-        (RunState::Shutdown, ["-", "-", "shutdown Teardown", "prelaunch Reset", "-", "-", "-", "-", "-"]),
+        (
+            RunState::Shutdown,
+            ["-", "-", "shutdown Teardown", "prelaunch Reset", "-", "-", "-", "-", "-", "-"],
+        ),
     ];
 
     #[test]

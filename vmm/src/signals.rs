@@ -20,6 +20,7 @@ pub enum Signal {
 /// The signals of the process, taken from their default actions for as long as this lives.
 pub struct Signals {
     fd: File,
+    set: libc::sigset_t,
 }
 
 const TAKEN: [i32; 6] =
@@ -34,7 +35,7 @@ impl Signals {
     /// No descriptor left.
     pub fn take(job_control: bool) -> io::Result<Self> {
         // SAFETY: plain calls on a set of our own; SIG_IGN is a valid disposition for SIGPIPE.
-        let fd = unsafe {
+        let (fd, set) = unsafe {
             let mut set = MaybeUninit::<libc::sigset_t>::uninit();
             libc::sigemptyset(set.as_mut_ptr());
             let mut set = set.assume_init();
@@ -48,13 +49,13 @@ impl Signals {
                 return Err(io::Error::from_raw_os_error(errno));
             }
             libc::signal(libc::SIGPIPE, libc::SIG_IGN);
-            libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
+            (libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK), set)
         };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: a new descriptor that nobody else owns.
-        Ok(Self { fd: unsafe { File::from_raw_fd(fd) } })
+        Ok(Self { fd: unsafe { File::from_raw_fd(fd) }, set })
     }
 
     /// The next signal that has arrived.
@@ -73,6 +74,14 @@ impl Signals {
                 _ => {}
             }
         }
+    }
+}
+
+impl Drop for Signals {
+    /// The default actions are back: whatever the process still waits for, a signal ends it.
+    fn drop(&mut self) {
+        // SAFETY: a plain call on a set of our own.
+        unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const self.set, std::ptr::null_mut()) };
     }
 }
 

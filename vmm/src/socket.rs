@@ -18,6 +18,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use crate::event_loop::{Interest, Token, Watch};
 
@@ -314,6 +315,28 @@ impl Connection {
             }
         }
         written
+    }
+
+    /// Writes all there is, waiting for the client until `deadline`: for the end, when no loop runs any more.
+    pub fn flush_until(&mut self, deadline: Instant) {
+        loop {
+            self.flush();
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.queued == 0 || self.broken || left.is_zero() {
+                return;
+            }
+            let mut poll = libc::pollfd { fd: self.stream.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+            let timeout = libc::c_int::try_from(left.as_millis()).unwrap_or(libc::c_int::MAX).max(1);
+            // SAFETY: One valid pollfd.
+            unsafe { libc::poll(&raw mut poll, 1, timeout) };
+        }
+    }
+
+    /// Tells the loop to forget it; it stays open.
+    pub fn stop_watching(&mut self, watch: &mut dyn Watch) {
+        if self.watched.take().is_some() {
+            watch.remove(self.stream.as_raw_fd());
+        }
     }
 
     /// Bytes the client has not taken yet.

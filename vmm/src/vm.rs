@@ -32,6 +32,7 @@ use crate::monitor::{Monitor, SessionId, ShutdownCause};
 use crate::ports::terminal_io::Input;
 use crate::signals::{Signal, Signals};
 
+use self::start::signal_status;
 pub use self::start::{Foreground, RunError, Terminal, run};
 
 /// How a VM ended.
@@ -42,6 +43,9 @@ pub struct Outcome {
     /// Who or what ended it, in words.
     pub cause: String,
 }
+
+/// Events of other threads in one turn of the loop: sockets and signals have theirs.
+const EVENTS_PER_TURN: u32 = 64;
 
 /// The one subscriber of the loop.
 struct ControlLoop {
@@ -100,9 +104,8 @@ impl ControlLoop {
                 self.core.guest.ready(token, ready, now, watch);
             }
             Token::PortListener(_) | Token::PortClient(_) => {
-                if let Some(machine) = self.core.controller.machine() {
-                    self.ports.client_ready(token, &machine.console, watch);
-                }
+                let console = self.core.controller.machine().map(|machine| machine.console.clone());
+                self.ports.client_ready(token, console.as_ref(), watch);
             }
             Token::Stdin => self.terminal_input(watch),
             Token::Stdout => {
@@ -120,7 +123,8 @@ impl ControlLoop {
 
     fn vm_events(&mut self, watch: &mut dyn Watch) {
         self.ports.drain_output(&mut self.core, watch);
-        while let Some(event) = self.inbox.next() {
+        for _ in 0..EVENTS_PER_TURN {
+            let Some(event) = self.inbox.take_next() else { return };
             let done = match event {
                 VmEvent::Vcpu { machine, index, event } => {
                     self.core.controller.vcpu_event(machine, index, event)
@@ -129,6 +133,7 @@ impl ControlLoop {
             };
             log_failure(done);
         }
+        self.inbox.wake_again();
     }
 
     fn signals(&mut self) {
@@ -136,24 +141,26 @@ impl ControlLoop {
             match signal {
                 Signal::End(number) => {
                     tracing::info!(number, "Signal: the VM ends");
-                    let exit = u8::try_from(128 + number).unwrap_or(1);
+                    let exit = signal_status(number);
                     log_failure(self.core.controller.quit(exit, ShutdownCause::HostSignal));
                 }
-                Signal::Resize => self.ports.resize(&self.core),
+                Signal::Resize => self.ports.resize(),
                 Signal::Suspend => {
                     if let Some(terminal) = self.ports.console.terminal() {
                         terminal.suspend();
                     }
-                    self.ports.resize(&self.core);
+                    self.ports.resize();
                 }
             }
         }
     }
 
     fn tick(&mut self, watch: &mut dyn Watch) {
-        // How often it expired does not matter.
-        let _ = self.timer.wait();
+        // Not read: setting it makes it unready, and an event that was overtaken by another setting must not wait.
         self.armed = None;
+        if let Err(error) = self.timer.clear() {
+            tracing::error!(%error, "Cannot clear the timer");
+        }
         let now = Instant::now();
         self.monitor.tick(&mut self.core, now, watch);
         self.core.guest.tick(now, watch);

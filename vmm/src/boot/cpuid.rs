@@ -2,7 +2,7 @@
 //!
 //! The guest sees what KVM can give on this host, with the topology of this VM: one socket, one thread per core.
 
-use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
 use super::BootError;
@@ -16,12 +16,23 @@ const EDX_HTT: u32 = 1 << 28;
 const EDX_HYBRID: u32 = 1 << 15;
 
 /// What KVM supports, shaped for vCPU `index` of `cpus`.
-pub fn for_vcpu(supported: &CpuId, index: u8, cpus: u8) -> CpuId {
-    let mut cpuid = supported.clone();
+///
+/// # Errors
+///
+/// More entries than KVM takes.
+pub fn for_vcpu(supported: &CpuId, index: u8, cpus: u8) -> Result<CpuId, BootError> {
     let apic_id = u32::from(index);
     // Width of the APIC ID field that numbers the cores of the one socket.
     let core_bits = u8::BITS - (cpus - 1).leading_zeros();
-    for entry in cpuid.as_mut_slice() {
+    // Sub-leaves of the topology are made, not taken: recent kernels report only the first (they cannot know).
+    let topology = |leaf: u32| leaf == 0xb || leaf == 0x1f;
+    let mut entries: Vec<_> =
+        supported.as_slice().iter().copied().filter(|e| !topology(e.function)).collect();
+    let highest = entries.iter().find(|e| e.function == 0).map_or(0, |e| e.eax);
+    for leaf in [0xb, 0x1f].into_iter().filter(|leaf| *leaf <= highest) {
+        entries.extend((0..3).map(|level| extended_topology(leaf, level, apic_id, core_bits, cpus)));
+    }
+    for entry in &mut entries {
         match entry.function {
             0x1 => {
                 entry.ebx = (entry.ebx & 0x0000_ffff) | (apic_id << 24) | (u32::from(cpus) << 16);
@@ -33,7 +44,6 @@ pub fn for_vcpu(supported: &CpuId, index: u8, cpus: u8) -> CpuId {
             0x7 if entry.index == 0 => entry.edx &= !EDX_HYBRID,
             // No performance counters: they would leak and, virtualized, mislead.
             0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-            0xb | 0x1f => extended_topology(entry, apic_id, core_bits, cpus),
             0x8000_0008 => {
                 entry.ecx = (entry.ecx & !0xf0ff) | (core_bits << 12) | u32::from(cpus - 1);
             }
@@ -46,7 +56,7 @@ pub fn for_vcpu(supported: &CpuId, index: u8, cpus: u8) -> CpuId {
             _ => {}
         }
     }
-    cpuid
+    CpuId::from_entries(&entries).map_err(|_| BootError::Cpuid { entries: entries.len() })
 }
 
 /// Leaf 4 (Intel) and 0x8000001d (AMD): L1 and L2 belong to a core, the last level to the socket.
@@ -60,16 +70,22 @@ fn cache_topology(entry: &mut kvm_cpuid_entry2, cpus: u8) {
 }
 
 /// Leaf 0xb / 0x1f: sub-leaf 0 is the thread level, 1 the core level, then nothing.
-fn extended_topology(entry: &mut kvm_cpuid_entry2, apic_id: u32, core_bits: u32, cpus: u8) {
-    let (shift, count, kind) = match entry.index {
+fn extended_topology(leaf: u32, level: u32, apic_id: u32, core_bits: u32, cpus: u8) -> kvm_cpuid_entry2 {
+    let (shift, count, kind) = match level {
         0 => (0, 1, 1),
         1 => (core_bits, u32::from(cpus), 2),
         _ => (0, 0, 0),
     };
-    entry.eax = shift;
-    entry.ebx = count;
-    entry.ecx = (kind << 8) | (entry.index & 0xff);
-    entry.edx = apic_id;
+    kvm_cpuid_entry2 {
+        function: leaf,
+        index: level,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax: shift,
+        ebx: count,
+        ecx: (kind << 8) | level,
+        edx: apic_id,
+        ..Default::default()
+    }
 }
 
 /// MSRs as firmware leaves them.
@@ -117,10 +133,9 @@ mod tests {
     fn supported() -> CpuId {
         let entry = |function, index| kvm_cpuid_entry2 { function, index, ..Default::default() };
         CpuId::from_entries(&[
+            kvm_cpuid_entry2 { eax: 0x1f, ..entry(0, 0) },
             entry(1, 0),
             entry(0xb, 0),
-            entry(0xb, 1),
-            entry(0xb, 2),
             kvm_cpuid_entry2 { eax: 0xffff_ffff, ..entry(0xa, 0) },
             entry(0x8000_0008, 0),
         ])
@@ -133,20 +148,21 @@ mod tests {
 
     #[test]
     fn every_vcpu_has_its_own_apic_id_and_knows_its_siblings() {
-        let cpuid = for_vcpu(&supported(), 5, 6);
+        let cpuid = for_vcpu(&supported(), 5, 6).unwrap();
         assert_eq!(leaf(&cpuid, 1, 0).ebx >> 24, 5);
         assert_eq!((leaf(&cpuid, 1, 0).ebx >> 16) & 0xff, 6);
         assert_eq!(leaf(&cpuid, 0xb, 1).eax, 3, "three bits number six cores");
         assert_eq!(leaf(&cpuid, 0xb, 1).ebx, 6);
         assert_eq!(leaf(&cpuid, 0xb, 0).edx, 5);
         assert_eq!(leaf(&cpuid, 0xb, 2).ecx >> 8, 0, "no third level");
+        assert_eq!(leaf(&cpuid, 0x1f, 1).ebx, 6);
         assert_eq!(leaf(&cpuid, 0x8000_0008, 0).ecx, (3 << 12) | 5);
         assert_eq!(leaf(&cpuid, 0xa, 0).eax, 0);
     }
 
     #[test]
     fn a_single_vcpu_has_no_siblings() {
-        let cpuid = for_vcpu(&supported(), 0, 1);
+        let cpuid = for_vcpu(&supported(), 0, 1).unwrap();
         assert_eq!(leaf(&cpuid, 1, 0).edx & EDX_HTT, 0);
         assert_eq!(leaf(&cpuid, 0xb, 1).eax, 0);
     }

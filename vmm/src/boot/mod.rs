@@ -73,6 +73,9 @@ pub enum BootError {
     #[error("KVM does not take MSR {index:#x}")]
     #[expect(missing_docs, reason = "the text says it")]
     Msr { index: u32 },
+    #[error("KVM takes no {entries} CPUID entries")]
+    #[expect(missing_docs, reason = "the text says it")]
+    Cpuid { entries: usize },
     #[error("ACPI tables of {len} bytes do not fit below 1 MiB")]
     #[expect(missing_docs, reason = "the text says it")]
     AcpiTooLarge { len: usize },
@@ -96,7 +99,7 @@ pub enum Entry {
 /// What kind of kernel a file is.
 enum KernelKind {
     BzImage(Box<setup_header>),
-    Elf { pvh: bool },
+    Elf { pvh: bool, end: u64 },
 }
 
 /// Kernel, initrd and command line, opened and checked; kept open, so that a reset boots what the start booted.
@@ -130,7 +133,7 @@ impl BootFiles {
         })?;
         let kind = probe(&path, &kernel)?;
         let wants_pvh = spec.boot == BootProtocol::Pvh;
-        if wants_pvh && !matches!(kind, KernelKind::Elf { pvh: true }) {
+        if wants_pvh && !matches!(kind, KernelKind::Elf { pvh: true, .. }) {
             return Err(BootError::NoPvhEntry { path });
         }
         let max = match &kind {
@@ -189,12 +192,12 @@ impl BootFiles {
                 let initrd_max = u64::from(header.initrd_addr_max) + 1;
                 Ok((Entry::Linux { rip }, need.max(loaded.kernel_end), initrd_max, loaded.setup_header))
             }
-            KernelKind::Elf { .. } => {
+            KernelKind::Elf { end, .. } => {
+                if *end > size.min(layout::GAP_START) {
+                    return Err(fail(format!("it ends at {} MiB", end.div_ceil(1 << 20))));
+                }
                 let loaded = Elf::load(memory, None, &mut file, Some(layout::HIGH_RAM))
                     .map_err(|e| fail(e.to_string()))?;
-                if loaded.kernel_end > size.min(layout::GAP_START) {
-                    return Err(fail(format!("it ends at {} MiB", loaded.kernel_end.div_ceil(1 << 20))));
-                }
                 let entry = match (self.protocol, loaded.pvh_boot_cap) {
                     (BootProtocol::Auto | BootProtocol::Pvh, PvhBootCapability::PvhEntryPresent(at)) => {
                         Entry::Pvh { rip: at.raw_value() }
@@ -202,7 +205,7 @@ impl BootFiles {
                     (BootProtocol::Pvh, _) => return Err(BootError::NoPvhEntry { path: self.path.clone() }),
                     _ => Entry::Linux { rip: loaded.kernel_load.raw_value() },
                 };
-                Ok((entry, loaded.kernel_end, layout::GAP_START, None))
+                Ok((entry, *end, layout::GAP_START, None))
             }
         }
     }
@@ -284,7 +287,7 @@ fn probe_elf(path: &Path, file: &File, head: &[u8], len: u64) -> Result<KernelKi
     if table_end > len {
         return Err(truncated(table_end));
     }
-    let mut pvh = false;
+    let (mut pvh, mut kernel_end) = (false, 0);
     for index in 0..phnum {
         let mut header = [0; 56];
         file.read_exact_at(&mut header, phoff + index * phentsize).map_err(|source| BootError::Read {
@@ -296,10 +299,18 @@ fn probe_elf(path: &Path, file: &File, head: &[u8], len: u64) -> Result<KernelKi
         match field(&header, 0, 4) {
             PT_LOAD | PT_NOTE if end > len => return Err(truncated(end)),
             PT_NOTE => pvh = true, // Whether it is the right note is seen when it is loaded.
+            PT_LOAD => {
+                // The loader copies what is in the file; what only takes room (.bss) counts as well.
+                let (start, size) = (field(&header, 24, 8), field(&header, 40, 8).max(field(&header, 32, 8)));
+                if size > 0 && start < layout::HIGH_RAM.raw_value() {
+                    return not("an ELF file that loads below 1 MiB");
+                }
+                kernel_end = kernel_end.max(start.saturating_add(size));
+            }
             _ => {}
         }
     }
-    Ok(KernelKind::Elf { pvh })
+    Ok(KernelKind::Elf { pvh, end: kernel_end })
 }
 
 fn probe_bzimage(path: &Path, head: &[u8], len: u64) -> Result<KernelKind, BootError> {

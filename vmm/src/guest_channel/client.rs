@@ -138,8 +138,8 @@ impl AgentClient {
     }
 
     /// The peer has closed both directions. What it sent before is still read, if it can be.
-    pub(super) fn hung_up(&mut self) {
-        self.lost |= !self.is_over() && !self.is_reading(true) && self.connection.is_hung_up();
+    pub(super) fn hung_up(&mut self, permit: bool) {
+        self.lost |= !self.is_over() && !self.is_reading(permit) && self.connection.is_hung_up();
     }
 
     /// To be closed, whatever is on its way.

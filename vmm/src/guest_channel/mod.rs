@@ -297,7 +297,7 @@ impl GuestChannel {
         if let Some(Some(client)) = self.clients.get_mut(slot)
             && ready.hung_up
         {
-            client.hung_up();
+            client.hung_up(self.permit.is_none_or(|holder| holder == client.number));
         }
     }
 

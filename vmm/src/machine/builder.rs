@@ -158,7 +158,7 @@ fn create_vcpus(
     let mut vcpus = Vec::with_capacity(usize::from(cpus));
     for index in 0..cpus {
         let fd = vm.create_vcpu(u64::from(index)).map_err(kvm("create a vCPU"))?;
-        let cpuid = boot::cpuid::for_vcpu(&supported, index, cpus);
+        let cpuid = boot::cpuid::for_vcpu(&supported, index, cpus)?;
         fd.set_cpuid2(&cpuid).map_err(kvm("set CPUID"))?;
         boot::cpuid::set_boot_msrs(&fd)?;
         boot::cpuid::set_lapic_lines(&fd)?;

@@ -65,8 +65,15 @@ impl Inbox {
         &self.wake
     }
 
+    /// Makes the loop come back: there may be more than it has taken.
+    pub fn wake_again(&self) {
+        if let Err(error) = self.wake.write(1) {
+            tracing::error!(%error, "Cannot wake the control loop");
+        }
+    }
+
     /// The next event. Drains the wake-up first, so that none is missed.
-    pub fn next(&self) -> Option<VmEvent> {
+    pub fn take_next(&self) -> Option<VmEvent> {
         // Nothing to read is fine: the event may have been taken by an earlier round.
         let _ = self.wake.read();
         self.events.try_recv().ok()

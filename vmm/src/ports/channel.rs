@@ -2,6 +2,7 @@
 
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::time::Instant;
 
 use crate::event_loop::{Interest, Token, Watch};
 use crate::ports::CHUNK;
@@ -28,6 +29,8 @@ pub struct ChannelHost {
     input: Vec<u8>,
     /// The client has shut down its sending side; it may still read.
     ended: bool,
+    /// The client is gone altogether, and the guest has not taken all it sent.
+    gone: bool,
 }
 
 impl ChannelHost {
@@ -39,7 +42,7 @@ impl ChannelHost {
     pub fn bind(path: &Path, token: u16, watch: &mut dyn Watch) -> Result<Self, SocketError> {
         let listener = Listener::bind(path)?;
         watch.set(listener.as_raw_fd(), Token::PortListener(token), Interest::READ);
-        Ok(Self { listener, client: None, token, input: Vec::new(), ended: false })
+        Ok(Self { listener, client: None, token, input: Vec::new(), ended: false, gone: false })
     }
 
     /// Where it listens.
@@ -58,7 +61,7 @@ impl ChannelHost {
             return None;
         }
         self.client = Some(self.listener.accept()?);
-        self.ended = false;
+        (self.ended, self.gone) = (false, false);
         watch.set(self.listener.as_raw_fd(), Token::PortListener(self.token), Interest::NONE);
         self.settle(watch);
         Some(Change::Opened)
@@ -68,20 +71,26 @@ impl ChannelHost {
     pub fn client_ready(&mut self, watch: &mut dyn Watch) -> Option<Change> {
         let client = self.client.as_mut()?;
         client.flush();
-        let mut gone = client.is_broken();
+        let mut broken = client.is_broken();
         if self.input.is_empty() && !self.ended {
             let mut buffer = vec![0; CHUNK];
             match client.receive_bytes(&mut buffer) {
                 Received::Data(len) => self.input.extend_from_slice(&buffer[..len]),
                 Received::Nothing => {}
                 Received::End => self.ended = true,
-                Received::Broken => gone = true,
+                Received::Broken => broken = true,
             }
         }
         // A client that only stopped sending stays until it has hung up, so that it gets its answers.
-        let finished = self.ended && self.input.is_empty() && client.is_hung_up();
-        if gone || finished {
+        let left = client.is_hung_up();
+        if broken || (left && self.ended && self.input.is_empty()) {
             return self.close(watch);
+        }
+        if left {
+            // What it sent first still goes to the guest; the descriptor would only tell of its end, again and again.
+            self.gone = true;
+            client.stop_watching(watch);
+            return None;
         }
         self.settle(watch);
         None
@@ -93,9 +102,21 @@ impl ChannelHost {
     }
 
     /// The guest has taken `count` of them.
-    pub fn consumed(&mut self, count: usize, watch: &mut dyn Watch) {
+    pub fn consumed(&mut self, count: usize, watch: &mut dyn Watch) -> Option<Change> {
         self.input.drain(..count.min(self.input.len()));
+        if self.gone {
+            // The rest of what it had sent, if there is more; then it is over.
+            return if self.input.is_empty() { self.client_ready(watch) } else { None };
+        }
         self.settle(watch);
+        None
+    }
+
+    /// Gives the client what it has not taken, as long as it takes it: the end of the VM.
+    pub fn finish(&mut self, deadline: Instant) {
+        if let Some(client) = &mut self.client {
+            client.flush_until(deadline);
+        }
     }
 
     /// Whether bytes of the guest are wanted: not while the client lags behind.

@@ -1,21 +1,20 @@
 //! Standard input and output of a foreground VM, without ever blocking the control loop.
 //!
-//! The descriptors are shared with the user's shell, so they are not made non-blocking: a terminal or pipe is
-//! written only when epoll says so, and only as much as then fits for certain. Files and /dev/null cannot be
-//! polled: they are always ready.
+//! The descriptors are shared with the user's shell, so they are not made non-blocking. A terminal is opened once more
+//! for that; a pipe is written only when epoll says so, and only as much as then fits for certain. Files and /dev/null
+//! cannot be polled: they are always ready.
 
 use std::collections::VecDeque;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt;
 
 use crate::event_loop::{Interest, Token, Watch};
 use crate::terminal::{EscapeFilter, RawMode, Typed};
 
 /// Output held for a slow terminal before some is lost.
 const OUTPUT_MAX: usize = 1 << 20;
-/// What a writable terminal takes without waiting (n_tty wakes writers at this much room).
-const TTY_CHUNK: usize = 256;
 /// What a writable pipe takes without waiting (PIPE_BUF).
 const PIPE_CHUNK: usize = 4096;
 
@@ -42,7 +41,6 @@ pub struct TerminalIo {
     input_polls: bool,
     pending: VecDeque<u8>,
     output_polls: bool,
-    chunk: usize,
 }
 
 impl TerminalIo {
@@ -54,9 +52,11 @@ impl TerminalIo {
     pub fn attach() -> io::Result<Self> {
         let raw = RawMode::enter()?;
         let filter = raw.is_some().then(EscapeFilter::default);
-        let tty = io::stdout().is_terminal();
         let input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
-        let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+        let output = match own_terminal() {
+            Some(terminal) => terminal,
+            None => File::from(io::stdout().as_fd().try_clone_to_owned()?),
+        };
         Ok(Self {
             raw,
             filter,
@@ -66,7 +66,6 @@ impl TerminalIo {
             output_polls: polls(&output),
             input,
             output,
-            chunk: if tty { TTY_CHUNK } else { PIPE_CHUNK },
         })
     }
 
@@ -102,6 +101,10 @@ impl TerminalIo {
 
     /// Reads what was typed, at most `room` bytes.
     pub fn read(&mut self, room: usize, watch: &mut dyn Watch) -> Input {
+        if room == 0 {
+            self.watch_input(false, watch);
+            return Input::Bytes(vec![]);
+        }
         let mut buffer = vec![0; room.min(4096)];
         let len = match self.input.read(&mut buffer) {
             Ok(0) => return self.end(watch),
@@ -137,15 +140,13 @@ impl TerminalIo {
         if self.output_polls {
             watch.set(self.output.as_raw_fd(), Token::Stdout, Interest::WRITE);
         } else {
-            while !self.pending.is_empty() && self.write_some() {}
+            self.finish();
         }
     }
 
     /// Standard output takes more.
     pub fn writable(&mut self, watch: &mut dyn Watch) {
-        if !self.pending.is_empty() && !self.write_some() {
-            self.pending.clear();
-        }
+        self.write_some();
         if self.pending.is_empty() {
             watch.remove(self.output.as_raw_fd());
         }
@@ -153,23 +154,46 @@ impl TerminalIo {
 
     /// Writes what is left before the end; waits for a slow reader as any program that ends does.
     pub fn finish(&mut self) {
-        while !self.pending.is_empty() && self.write_some() {}
+        while !self.pending.is_empty() {
+            if !self.write_some() {
+                wait_until_writable(&self.output);
+            }
+        }
     }
 
-    /// Returns whether more may be written.
+    /// Returns whether the reader keeps up.
     fn write_some(&mut self) -> bool {
         let (first, _) = self.pending.as_slices();
-        let chunk = &first[..first.len().min(self.chunk)];
-        match self.output.write(chunk) {
+        match self.output.write(&first[..first.len().min(PIPE_CHUNK)]) {
             Ok(len) if len > 0 => {
                 self.pending.drain(..len);
                 true
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => true,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => false,
             // A reader that is gone misses nothing.
-            _ => false,
+            _ => {
+                self.pending.clear();
+                true
+            }
         }
     }
+}
+
+/// The terminal on standard output, opened once more and non-blocking; `None` if there is none.
+fn own_terminal() -> Option<File> {
+    if !io::stdout().is_terminal() {
+        return None;
+    }
+    let mut options = OpenOptions::new();
+    options.write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open("/proc/self/fd/1").ok()
+}
+
+/// Waits as long as it takes, or until a signal ends the process.
+fn wait_until_writable(output: &File) {
+    use rustix::event::{PollFd, PollFlags, poll};
+    // Whatever it says, the next write finds out.
+    let _ = poll(&mut [PollFd::new(output, PollFlags::OUT)], None);
 }
 
 /// Whether epoll takes the descriptor: not files, nor /dev/null.

@@ -108,7 +108,9 @@ impl VcpuHandle {
         let body = move || {
             // The receiver waits below for exactly this.
             let _ = id_sender.send(vmm_thread_id());
-            thread::VcpuThread { index, fd, buses, commands: receiver, acks: ack, events, ran: false }.run();
+            let (commands, acks) = (receiver, ack);
+            thread::VcpuThread { index, fd, buses, commands, acks, events, ran: false, crash_told: false }
+                .run();
         };
         let thread = std::thread::Builder::new()
             .name(format!("vcpu-{index}"))
@@ -186,8 +188,8 @@ fn vmm_thread_id() -> libc::pid_t {
 ///
 /// The first that did not acknowledge; the others were asked all the same.
 pub fn command_all(vcpus: &[VcpuHandle], command: VcpuCommand) -> Result<(), VcpuError> {
-    let sent: Result<Vec<()>, _> = vcpus.iter().map(|vcpu| vcpu.send(command)).collect();
-    sent?;
+    let sent: Vec<_> = vcpus.iter().map(|vcpu| vcpu.send(command)).collect();
     let deadline = Instant::now() + ACK_TIMEOUT;
-    vcpus.iter().try_for_each(|vcpu| vcpu.wait(command, deadline))
+    let waited = vcpus.iter().zip(sent).map(|(vcpu, sent)| sent.and_then(|()| vcpu.wait(command, deadline)));
+    waited.fold(Ok(()), Result::and)
 }

@@ -53,6 +53,8 @@ pub(super) struct VcpuThread {
     pub events: Notifier,
     /// Has been in the guest: a resume must tell the guest's watchdogs of the lost time.
     pub ran: bool,
+    /// Has told that a crash kernel takes over.
+    pub crash_told: bool,
 }
 
 enum State {
@@ -108,8 +110,11 @@ impl VcpuThread {
     fn obey(&mut self, command: VcpuCommand) -> State {
         let next = match command {
             VcpuCommand::Pause => match self.retire() {
-                // The half-done access was the guest's last one: the control loop will hear of it.
-                Some(event) => self.tell(event),
+                // The half-done access asked for something: the control loop will hear of it.
+                Some(event) => {
+                    self.tell(event);
+                    State::Paused
+                }
                 None => State::Paused,
             },
             VcpuCommand::Resume => {
@@ -128,9 +133,15 @@ impl VcpuThread {
 
     /// Posts `event`; all but a crash kernel's start park the vCPU.
     fn tell(&mut self, event: VcpuEvent) -> State {
-        let park = event != VcpuEvent::CrashLoaded;
+        if event == VcpuEvent::CrashLoaded {
+            // The one event that a guest can repeat without being parked: once is enough.
+            if !std::mem::replace(&mut self.crash_told, true) {
+                self.events.post_vcpu(self.index, event);
+            }
+            return State::Running;
+        }
         self.events.post_vcpu(self.index, event);
-        if park { State::Paused } else { State::Running }
+        State::Paused
     }
 
     /// KVM_KVMCLOCK_CTRL: the guest's soft-lockup detector must not count the pause. A guest without kvmclock

@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use devices::legacy::serial::SerialPort;
 use devices::virtio::console::{ConsoleHandle, PortEvent, PortSpec, Size};
@@ -29,6 +29,9 @@ pub(super) const FIRST_CHANNEL: usize = 2;
 /// The name that every client of qemu-ga expects.
 const AGENT_PORT_NAME: &str = "org.qemu.guest_agent.0";
 
+/// How long clients of channels have at the end of the VM to take what is theirs.
+const FAREWELL: Duration = Duration::from_secs(5);
+
 /// Bytes moved through one port before others have their turn.
 const TURN_MAX: usize = 1 << 20;
 
@@ -51,6 +54,9 @@ pub(super) struct PortHosts {
     watched: Vec<Watched>,
     /// Doorbells are answered: the guest runs, and may find its memory written.
     answering: bool,
+    /// What the guest is to be told when it runs again: ports whose client left meanwhile, another terminal size.
+    closed_meanwhile: Vec<usize>,
+    resized: bool,
 }
 
 /// A descriptor of the machine that runs.
@@ -68,6 +74,8 @@ impl PortHosts {
             serial: spec.console == ConsoleSpec::Serial,
             watched: vec![],
             answering: true,
+            closed_meanwhile: vec![],
+            resized: false,
         }
     }
 
@@ -91,6 +99,15 @@ impl PortHosts {
         let console = &machine.console;
         console.set_host_open(CONSOLE_PORT, true);
         console.set_host_open(AGENT_PORT, true);
+        self.closed_meanwhile.clear();
+        self.tell_guest(console);
+    }
+
+    /// Whose client is there, and how large the terminal is.
+    fn tell_guest(&mut self, console: &ConsoleHandle) {
+        for port in self.closed_meanwhile.drain(..) {
+            console.set_host_open(port, false);
+        }
         for (index, channel) in self.channels.iter().enumerate() {
             console.set_host_open(FIRST_CHANNEL + index, channel.is_open());
         }
@@ -107,9 +124,12 @@ impl PortHosts {
     }
 
     /// The guest runs, or stands still: then nothing writes its memory, and its doorbells wait, rung as they are.
-    fn answer(&mut self, running: bool, watch: &mut dyn Watch) {
+    fn answer(&mut self, running: bool, console: &ConsoleHandle, watch: &mut dyn Watch) {
         if self.answering != running {
             self.answering = running;
+            if running {
+                self.tell_guest(console);
+            }
             let interest = if running { Interest::READ } else { Interest::NONE };
             for watched in &self.watched {
                 watch.set(watched.fd, watched.token, interest);
@@ -118,10 +138,8 @@ impl PortHosts {
     }
 
     /// The terminal has another size.
-    pub(super) fn resize(&self, core: &Core) {
-        if let (Some(machine), Some((cols, rows))) = (core.controller.machine(), crate::terminal::size()) {
-            machine.console.resize(Size { cols, rows });
-        }
+    pub(super) fn resize(&mut self) {
+        self.resized = true;
     }
 
     /// The guest has rung.
@@ -214,7 +232,12 @@ impl PortHosts {
     }
 
     /// A client of the console or of a channel connects, types, reads or leaves.
-    pub(super) fn client_ready(&mut self, token: Token, console: &ConsoleHandle, watch: &mut dyn Watch) {
+    pub(super) fn client_ready(
+        &mut self,
+        token: Token,
+        console: Option<&ConsoleHandle>,
+        watch: &mut dyn Watch,
+    ) {
         let (index, change) = match token {
             Token::PortListener(ConsoleHost::TOKEN) => return self.console.accept(watch),
             Token::PortClient(index) if index >= ConsoleHost::TOKEN => {
@@ -228,22 +251,40 @@ impl PortHosts {
             }
             _ => return,
         };
-        let port = FIRST_CHANNEL + usize::from(index);
-        match change {
-            Some(Change::Opened) => console.set_host_open(port, true),
-            Some(Change::Closed) => {
-                console.set_host_open(port, false);
+        self.changed(FIRST_CHANNEL + usize::from(index), change, console);
+    }
+
+    /// The host end of `port` was opened or closed: the guest hears of it now, or when it runs again.
+    fn changed(&mut self, port: usize, change: Option<Change>, console: Option<&ConsoleHandle>) {
+        match (change, console) {
+            (Some(change), Some(console)) if self.answering => {
+                console.set_host_open(port, change == Change::Opened);
             }
-            None => {}
+            (Some(Change::Closed), _) => self.closed_meanwhile.push(port),
+            _ => {}
         }
     }
 
     /// Takes what the guest has printed so far: its last words, before its machine goes.
     pub(super) fn drain_output(&mut self, core: &mut Core, watch: &mut dyn Watch) {
         self.serial(core, watch);
-        if let Some(machine) = core.controller.machine() {
+        if let (true, Some(machine)) = (self.answering, core.controller.machine()) {
             let console = machine.console.clone();
             self.pull(CONSOLE_PORT, &console, core, watch);
+            for port in FIRST_CHANNEL..FIRST_CHANNEL + self.channels.len() {
+                self.pull(port, &console, core, watch);
+            }
+        }
+    }
+
+    /// Gives clients what they have not taken yet: the end of the VM.
+    pub(super) fn finish(&mut self) {
+        let deadline = Instant::now() + FAREWELL;
+        for channel in &mut self.channels {
+            channel.finish(deadline);
+        }
+        if let Some(terminal) = self.console.terminal() {
+            terminal.finish();
         }
     }
 
@@ -270,14 +311,20 @@ impl PortHosts {
 
     /// Moves what waits on the host to the guest, and what the guest holds back to hosts that have room again.
     pub(super) fn settle(&mut self, core: &mut Core, watch: &mut dyn Watch) {
-        let running = core.controller.state().is_running();
-        self.answer(running, watch);
         let Some(machine) = core.controller.machine() else { return };
+        let console = machine.console.clone();
+        let serial = Arc::clone(&machine.serial);
+        let running = core.controller.state().is_running();
+        self.answer(running, &console, watch);
+        self.watch_terminal(watch);
         if !running {
             return;
         }
-        let console = machine.console.clone();
-        let serial = Arc::clone(&machine.serial);
+        if std::mem::take(&mut self.resized)
+            && let Some((cols, rows)) = crate::terminal::size()
+        {
+            console.resize(Size { cols, rows });
+        }
         self.console_input(&console, &serial, watch);
         for index in 0..self.channels.len() {
             let port = FIRST_CHANNEL + index;
@@ -286,7 +333,8 @@ impl PortHosts {
                 if taken == 0 {
                     break;
                 }
-                self.channels[index].consumed(taken, watch);
+                let change = self.channels[index].consumed(taken, watch);
+                self.changed(port, change, Some(&console));
             }
             self.pull(port, &console, core, watch);
         }
@@ -299,24 +347,39 @@ impl PortHosts {
         }
     }
 
+    fn watch_terminal(&mut self, watch: &mut dyn Watch) {
+        let room = self.console.input_room() > 0;
+        if let Some(terminal) = self.console.terminal() {
+            terminal.watch_input(room, watch);
+        }
+    }
+
     fn console_input(&mut self, console: &ConsoleHandle, serial: &Mutex<SerialPort>, watch: &mut dyn Watch) {
         loop {
             let input = self.console.input();
             let taken =
                 if self.serial { serial.lock().input(input) } else { console.write(CONSOLE_PORT, input) };
-            if taken == 0 {
+            self.console.consumed(taken);
+            // Input that epoll never tells of is read when there is room for it, until the guest takes no more.
+            let refilled = self.console.input().is_empty() && self.read_silent_input(watch);
+            if taken == 0 && !refilled {
                 break;
             }
-            self.console.consumed(taken);
         }
+        self.watch_terminal(watch);
+    }
+
+    fn read_silent_input(&mut self, watch: &mut dyn Watch) -> bool {
         let room = self.console.input_room();
-        let Some(terminal) = self.console.terminal() else { return };
-        terminal.watch_input(room > 0, watch);
-        if room > 0
-            && terminal.has_silent_input()
-            && let Input::Bytes(bytes) = terminal.read(room, watch)
-        {
-            self.console.typed(&bytes);
+        let Some(terminal) = self.console.terminal().filter(|terminal| terminal.has_silent_input()) else {
+            return false;
+        };
+        match terminal.read(room, watch) {
+            Input::Bytes(bytes) => {
+                self.console.typed(&bytes);
+                !bytes.is_empty()
+            }
+            Input::Leave | Input::End => false,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! How a VM starts and ends.
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::time::Duration;
 
 use block::{Disk, DiskOptions, EngineKind, EngineOptions, OpenError};
@@ -21,7 +21,7 @@ use crate::machine::notify::{self, Notifier, VmEvent};
 use crate::monitor::{Monitor, ShutdownCause};
 use crate::ports::{ChannelHost, ConsoleHost, TerminalIo};
 use crate::run_dir::{RunDir, VmPaths};
-use crate::signals::Signals;
+use crate::signals::{Signal, Signals};
 use crate::socket::SocketError;
 
 /// Why a VM could not run, or could not be ended well.
@@ -94,13 +94,18 @@ pub struct Foreground {
 pub fn run(spec: &VmSpec, dir: &RunDir, foreground: Foreground) -> Result<Outcome, RunError> {
     let setup = |what| move |source| RunError::Setup { what, source };
     // Before any thread starts: they inherit the mask.
-    let signals = Signals::take(foreground.terminal == Terminal::Attached).map_err(setup("signals"))?;
+    let job_control = foreground.terminal == Terminal::Attached && io::stdin().is_terminal();
+    let mut signals = Signals::take(job_control).map_err(setup("signals"))?;
     let boot = BootFiles::open(spec)?;
     let (events, inbox) = notify::channel().map_err(setup("event queue"))?;
     let disks = open_disks(spec, &events)?;
     let kvm = host::open_kvm()?;
     let fixed = Fixed { spec: spec.clone(), kvm, boot, disks, ports: ports::specs(spec), events };
     let mut controller = Controller::new(fixed)?;
+    // Nothing has happened yet that would have to be undone.
+    if let Some(Signal::End(number)) = signals.take_next() {
+        return Ok(Outcome { exit: signal_status(number), cause: "a signal, before the start".into() });
+    }
 
     let mut registrations = Early::default();
     let watch = &mut registrations;
@@ -140,15 +145,16 @@ pub fn run(spec: &VmSpec, dir: &RunDir, foreground: Foreground) -> Result<Outcom
 
 /// After the loop: clients get what they were promised, and what went wrong with the disks is told.
 fn finish(control: ControlLoop) -> Result<Outcome, RunError> {
-    let ControlLoop { mut core, mut monitor, mut ports, .. } = control;
+    let ControlLoop { mut core, mut monitor, mut ports, signals, .. } = control;
+    // Whatever is waited for from here on, a signal ends it.
+    drop(signals);
     let watch = &mut Early::default();
     for event in core.take_all_events() {
         monitor.emit(&event, &mut core, std::time::Instant::now(), watch);
     }
     monitor.close(watch);
-    if let Some(terminal) = ports.console.terminal() {
-        terminal.finish();
-    }
+    core.guest.close(std::time::Instant::now(), watch);
+    ports.finish();
     let ended = core.controller.ended();
     let loss = core.controller.take_loss();
     if let Some(error) = loss {
@@ -156,6 +162,11 @@ fn finish(control: ControlLoop) -> Result<Outcome, RunError> {
     }
     let (exit, cause) = ended.map_or((1, ShutdownCause::HostError), |ended| (ended.exit, ended.cause));
     Ok(Outcome { exit, cause: describe(cause).to_owned() })
+}
+
+/// As a shell tells of a signal.
+pub(super) fn signal_status(number: i32) -> u8 {
+    u8::try_from(128 + number).unwrap_or(1)
 }
 
 fn describe(cause: ShutdownCause) -> &'static str {

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -196,6 +196,8 @@ pub(super) struct Link {
     pub(super) counters: Counters,
     /// In bytes.
     pub(super) size: AtomicU64,
+    /// An error has stopped the disk, and nothing has let it go on since.
+    pub(super) stopped: Arc<AtomicBool>,
     /// Readable when there are commands.
     pub(super) wake: EventFd,
     commands: mpsc::Sender<Command>,
@@ -260,12 +262,21 @@ impl BlkBackend {
         let (commands, receiver) = mpsc::channel();
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed)?;
         let counters = Counters::default();
-        let link = Arc::new(Link { facts, counters, size, wake, commands, next_owner: AtomicU64::new(0) });
+        let stopped = Arc::new(AtomicBool::new(false));
+        let link = Arc::new(Link {
+            facts,
+            counters,
+            size,
+            stopped: Arc::clone(&stopped),
+            wake,
+            commands,
+            next_owner: AtomicU64::new(0),
+        });
 
         let worker = Worker {
             serial: id_bytes,
             policies: (read_error, write_error),
-            events: EventSink::new(Box::new(on_event)),
+            events: EventSink::new(Box::new(on_event), stopped),
             commands: receiver,
             engine,
         };
@@ -293,6 +304,11 @@ impl BlkBackend {
     /// The disk's size in bytes.
     pub fn size(&self) -> u64 {
         self.link.size.load(Ordering::Acquire)
+    }
+
+    /// Whether an error has stopped it and nothing has let it go on since: an event that says so may be late.
+    pub fn is_stopped(&self) -> bool {
+        self.link.stopped.load(Ordering::Acquire)
     }
 
     /// What it has done.

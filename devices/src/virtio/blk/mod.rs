@@ -66,12 +66,14 @@ pub struct Blk {
     queue_sizes: Vec<u16>,
     /// The disk's thread may have something of ours.
     touched: bool,
+    /// It did not let go of it in time.
+    hung: bool,
 }
 
 impl Blk {
     fn new(link: Arc<Link>, owner: u64) -> Self {
         let queue_sizes = vec![QUEUE_SIZE; usize::from(link.facts.queues)];
-        Self { link, owner, queue_sizes, touched: false }
+        Self { link, owner, queue_sizes, touched: false, hung: false }
     }
 
     /// struct virtio_blk_config (virtio 1.2, section 5.2.4).
@@ -147,7 +149,9 @@ impl VirtioDevice for Blk {
         }
         let owner = self.owner;
         let command = |reply| Command::Deactivate { owner, reply };
-        self.link.tell("reset", command).wait(SESSION_TIMEOUT).map_err(io::Error::other)?;
+        let done = self.link.tell("reset", command).wait(SESSION_TIMEOUT);
+        self.hung = done.is_err();
+        done.map_err(io::Error::other)?;
         self.touched = false;
         Ok(())
     }
@@ -156,7 +160,10 @@ impl VirtioDevice for Blk {
 impl Drop for Blk {
     /// The machine goes; the disk forgets its queues.
     fn drop(&mut self) {
-        if let Err(error) = self.reset() {
+        // One that hangs is not waited for twice.
+        if !self.hung
+            && let Err(error) = self.reset()
+        {
             tracing::warn!(%error, "A disk was not left in order");
         }
     }

@@ -10,6 +10,7 @@
 //! The names, the defaults and the event are QEMU's (`rerror`, `werror`, BLOCK_IO_ERROR).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use block::Errno;
@@ -88,6 +89,8 @@ pub enum DiskEvent {
 /// that say that the disk has stopped: on them the VM's state depends, and each costs a resume.
 pub(super) struct EventSink {
     send: Box<dyn Fn(DiskEvent) + Send>,
+    /// Set before an event says so: whoever hears of it finds it true, unless the disk goes on already.
+    stopped: Arc<AtomicBool>,
     left: u32,
     since: Instant,
     dropped: u64,
@@ -98,12 +101,15 @@ const RATION: u32 = 10;
 const PERIOD: Duration = Duration::from_secs(1);
 
 impl EventSink {
-    pub(super) fn new(send: Box<dyn Fn(DiskEvent) + Send>) -> Self {
-        Self { send, left: RATION, since: Instant::now(), dropped: 0 }
+    pub(super) fn new(send: Box<dyn Fn(DiskEvent) + Send>, stopped: Arc<AtomicBool>) -> Self {
+        Self { send, stopped, left: RATION, since: Instant::now(), dropped: 0 }
     }
 
     pub(super) fn send(&mut self, event: DiskEvent) {
         let DiskEvent::IoError { action, .. } = &event;
+        if *action == ErrorAction::Stop {
+            self.stopped.store(true, Ordering::Release);
+        }
         if *action == ErrorAction::Stop || self.take(Instant::now()) {
             (self.send)(event);
         } else {
@@ -140,7 +146,7 @@ mod tests {
     #[test]
     fn events_are_rationed_but_never_those_of_a_stop() {
         let (sender, receiver) = std::sync::mpsc::channel();
-        let mut sink = EventSink::new(Box::new(move |event| sender.send(event).unwrap()));
+        let mut sink = EventSink::new(Box::new(move |event| sender.send(event).unwrap()), Arc::default());
         let event = |action| DiskEvent::IoError {
             disk: "d".into(),
             operation: DiskOperation::Read,

@@ -102,7 +102,6 @@ impl Worker {
             events,
             engine,
             paused: false,
-            stopped: false,
             waiters: Vec::new(),
             flushes: Vec::new(),
             next_flush: OWN,
@@ -126,7 +125,6 @@ pub(super) struct Running {
     engine: Engine,
     // Volatile.
     paused: bool,
-    stopped: bool,
     waiters: Vec<Waiter>,
     /// Flushes of our own in flight, by token.
     flushes: Vec<(u64, Reply<()>)>,
@@ -188,7 +186,7 @@ impl Running {
 
     /// Whether requests may be taken.
     fn is_open(&self) -> bool {
-        !self.paused && !self.stopped && self.waiters.is_empty()
+        !self.paused && !self.link.stopped.load(Ordering::Relaxed) && self.waiters.is_empty()
     }
 
     fn with_session<T>(&mut self, run: impl FnOnce(&mut Session, &mut Host<'_>) -> T) -> Option<T> {
@@ -214,7 +212,7 @@ impl Running {
             if completion.token & OWN != 0 {
                 self.flushed(&completion);
             } else if self.with_session(|session, host| session.finish(&completion, host)) == Some(true) {
-                self.stopped = true;
+                self.link.stopped.store(true, Ordering::Release);
             }
         }
         self.completions = completions;
@@ -292,7 +290,7 @@ impl Running {
 
     fn resume(&mut self) {
         self.paused = false;
-        self.stopped = false;
+        self.link.stopped.store(false, Ordering::Release);
         // A pause that was not over is over now; its ticket learns of it.
         self.waiters.retain(|waiter| !matches!(waiter, Waiter::Pause(_)));
         if let Some(session) = &mut self.session {
