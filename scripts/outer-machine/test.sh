@@ -42,8 +42,8 @@ soon() {
     return 1
 }
 
-# Ours are those that work for a run directory of this target/.
-machines() { pgrep -f "qemu-system-x86_64.*$target/with-kvm/runs/" || true; }
+# Ours are those that log into a run directory of this target/. The brackets keep grep from finding itself.
+machines() { grep -las "file:$target/with-kvm/[r]uns/" /proc/[0-9]*/cmdline || true; }
 no_machine() { [[ -z $(machines) ]]; }
 a_machine() { [[ -n $(machines) ]]; }
 runs() { find "$target/with-kvm/runs" -mindepth 1 -maxdepth 1 | wc -l; }
@@ -70,6 +70,10 @@ statuses() {
     expect "not executable" "$(status "$with_kvm" /etc/passwd)" 126
     expect "time limit" "$(WITH_KVM_TIMEOUT=8 status "$with_kvm" sh -c "echo begun; echo saved >saved; sleep 1000")" 124
     expect "output before the time limit" "$(cat out saved | tr '\n' ' ')" "begun saved "
+    if ((EUID)); then
+        printf 'skipped a panic is an error (only root can cause one)\n'
+        return
+    fi
     expect "a panic is an error" "$(status "$with_kvm" sh -c 'echo c >/proc/sysrq-trigger; sleep 1000')" 125
     expect "the panic's console is shown" "$(grep -c 'Kernel panic - not syncing: sysrq triggered crash' err)" 1
 }
