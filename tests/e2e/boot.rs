@@ -133,6 +133,19 @@ fn acpi_s5_and_pvpanic_end_the_run_by_policy_without_any_kernel() {
 }
 
 #[test]
+fn code_that_kvm_cannot_run_is_an_internal_error_with_a_reason() {
+    let Some(lab) = Lab::new("internal-error") else { return };
+    // Nothing is mapped there: KVM can neither run nor emulate what it cannot read.
+    let mut vm = payload(&lab, "lost", Then::Jump(0xc800_0000), &[]);
+    let mut monitor = vm.monitor();
+    eventually("state internal-error", || (monitor.status() == "internal-error").then_some(()));
+    assert!(vm.log().contains("KVM gave up at guest RIP 0xc8000000"), "{}", vm.log());
+    assert_eq!(monitor.refusal("cont", &json!({})), "Resetting the Virtual Machine is required");
+    monitor.run("quit");
+    assert!(vm.wait().success());
+}
+
+#[test]
 fn a_keyboard_reset_starts_the_payload_again_and_again() {
     let Some(lab) = Lab::new("payload-reset") else { return };
     let mut vm = payload(&lab, "loops", Then::Reset, &[]);

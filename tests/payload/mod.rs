@@ -26,6 +26,8 @@ pub enum Then {
     },
     /// Takes an exception without a handler for it, nor for that one.
     TripleFault,
+    /// Goes on at this address.
+    Jump(u32),
     /// Counts for ever in a loop that never leaves the guest.
     Spin,
 }
@@ -100,6 +102,10 @@ fn code(line: &str, then: Then) -> Vec<u8> {
             let zeros = text_at(8) + u32::try_from(line.len()).expect("a line");
             let [a, b, c, d] = zeros.to_le_bytes();
             vec![0x0f, 0x01, 0x1d, a, b, c, d, 0xcc]
+        }
+        Then::Jump(to) => {
+            let [a, b, c, d] = to.to_le_bytes();
+            vec![0xb8, a, b, c, d, 0xff, 0xe0] // mov eax, to; jmp eax
         }
         Then::Spin => vec![0x40, 0xeb, 0xfd], // inc eax; jmp back
     };

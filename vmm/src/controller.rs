@@ -275,6 +275,18 @@ impl Controller {
         }
     }
 
+    /// Changes the size of disk `index`, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// It stays as it was.
+    pub fn resize_disk(&mut self, index: usize, size: u64) -> Result<(), ControlError> {
+        if let Some(disk) = self.fixed.disks.get(index) {
+            disk.resize(size).wait(DISK_TIMEOUT)?;
+        }
+        Ok(())
+    }
+
     fn guest_end(
         &mut self,
         action: GuestAction,

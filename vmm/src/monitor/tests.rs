@@ -91,6 +91,9 @@ impl Vm for FakeVm {
         let source = std::io::Error::other("no power button");
         Err(VmError::Failed(Box::new(SocketError::Listen { path: "/x".into(), source })))
     }
+    fn resize_disk(&mut self, _: usize, _: u64) -> Result<(), VmError> {
+        Ok(())
+    }
     fn quit(&mut self) {
         self.quit = true;
         self.events.push(Event::Shutdown(ShutdownCause::HostQuit));

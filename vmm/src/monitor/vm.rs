@@ -56,6 +56,12 @@ pub trait Vm {
     ///
     /// The guest cannot be told.
     fn system_powerdown(&mut self) -> Result<(), VmError>;
+    /// Changes the size in bytes of disk `index` of [`disks`](Self::disks), and tells the guest.
+    ///
+    /// # Errors
+    ///
+    /// The image cannot have that size; it stays as it was.
+    fn resize_disk(&mut self, index: usize, size: u64) -> Result<(), VmError>;
     /// Ends the VM. The loop ends after the reply has been sent.
     fn quit(&mut self);
 

@@ -161,6 +161,10 @@ impl Vm for Core {
         Ok(())
     }
 
+    fn resize_disk(&mut self, index: usize, size: u64) -> Result<(), VmError> {
+        Ok(self.controller.resize_disk(index, size)?)
+    }
+
     fn quit(&mut self) {
         // The reply has to go out whatever the disks say; what they say is in the log and the exit status.
         let _ = self.controller.quit(0, ShutdownCause::HostQuit);

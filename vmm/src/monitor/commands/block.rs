@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::super::schema::{EMPTY, Object, Type, optional, required};
 use super::super::vm::{DiskInfo, IoStatus};
-use super::{Call, Command};
+use super::{Call, Command, nothing};
 use crate::config::CacheMode;
 
 pub(super) const COMMANDS: &[Command] = &[
@@ -21,7 +21,14 @@ pub(super) const COMMANDS: &[Command] = &[
         returns: Type::Array(&Type::Object(&BLOCK_DEVICE_INFO)),
         run: query_named_block_nodes,
     },
+    Command { name: "block_resize", arguments: &RESIZE, returns: Type::Object(&EMPTY), run: block_resize },
 ];
+
+static RESIZE: Object = Object::new(&[
+    optional("device", Type::Str),
+    optional("node-name", Type::Str),
+    required("size", Type::Int),
+]);
 
 /// `flat` leaves out backing chains, of which there are none.
 static QUERY_NODES: Object = Object::new(&[optional("flat", Type::Bool)]);
@@ -67,6 +74,26 @@ static CACHE_INFO: Object = Object::new(&[
 
 fn query_named_block_nodes(call: &mut Call<'_>) -> Result<Value, Error> {
     Ok(call.vm.disks().iter().map(block_device_info).collect())
+}
+
+/// Changes the size of an image, and tells the guest. A smaller size cuts off what is beyond it.
+fn block_resize(call: &mut Call<'_>) -> Result<Value, Error> {
+    let device = call.args.optional_string("device")?;
+    let node = call.args.optional_string("node-name")?;
+    let size = call.args.int("size")?;
+    let size = u64::try_from(size).ok().filter(|size| *size > 0);
+    let size = size.ok_or_else(|| Error::invalid_parameter_value("size", "a >0 size"))?;
+    let disks = call.vm.disks();
+    let found = disks.iter().position(|disk| {
+        device.as_ref().is_some_and(|name| *name == disk.device)
+            || node.as_ref().is_some_and(|name| *name == disk.node_name)
+    });
+    let Some(index) = found else {
+        let (device, node) = (device.unwrap_or_default(), node.unwrap_or_default());
+        return Err(Error::generic(format!("Cannot find device='{device}' nor node-name='{node}'")));
+    };
+    call.vm.resize_disk(index, size)?;
+    Ok(nothing())
 }
 
 fn block_info(disk: &DiskInfo) -> Value {
