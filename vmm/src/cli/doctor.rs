@@ -10,9 +10,6 @@ use serde::Serialize;
 
 use super::output;
 
-pub(super) use host::refuse_too_much_memory;
-pub(super) use kvm::refuse_software_kvm;
-
 /// Check whether this host can run VMs, and say what to do where it cannot
 #[derive(Debug, Args)]
 #[command(

@@ -11,12 +11,13 @@ mod exec;
 mod flags;
 pub(super) mod guest_image;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 
-use super::{Global, doctor, output};
+use super::{Global, output};
 use crate::config::VmSpec;
+use crate::host::{self, HostError};
 use crate::run_dir::RunDir;
-use crate::vm::{self, Foreground, Outcome, Terminal};
+use crate::vm::{self, Foreground, Outcome, RunError, Terminal};
 
 pub(super) use flags::RunArgs;
 
@@ -35,9 +36,8 @@ pub(super) fn run(args: RunArgs, global: &Global) -> anyhow::Result<u8> {
     if args.detached {
         detach::leave_session()?;
     }
-    doctor::refuse_too_much_memory(spec.memory.size)?;
     if !args.software_kvm {
-        doctor::refuse_software_kvm()?;
+        host::refuse_software_kvm().map_err(with_advice)?;
     }
     let dir = RunDir::create(&spec.name)?;
     dir.write_config(&spec)?;
@@ -67,5 +67,15 @@ fn start(spec: &VmSpec, dir: &RunDir, foreground: Foreground) -> anyhow::Result<
 }
 
 fn run_vm(spec: &VmSpec, dir: &RunDir, foreground: Foreground) -> anyhow::Result<Outcome> {
-    vm::run(spec, dir, foreground).with_context(|| format!("Cannot run VM {}", spec.name))
+    vm::run(spec, dir, foreground)
+        .map_err(|error| match error {
+            RunError::Host(error) => with_advice(error),
+            error => error.into(),
+        })
+        .with_context(|| format!("Cannot run VM {}", spec.name))
+}
+
+fn with_advice(error: HostError) -> anyhow::Error {
+    let advice = error.advice();
+    anyhow!("{:#}; {advice}", anyhow::Error::new(error))
 }

@@ -18,14 +18,6 @@ use crate::config::MemorySpec;
 /// Why there is no guest RAM.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// Asked for more than there is.
-    #[error("Guest memory of {want_mib} MiB is more than this host has ({have_mib} MiB with swap)")]
-    TooMuch {
-        /// Asked for.
-        want_mib: u64,
-        /// There.
-        have_mib: u64,
-    },
     /// mmap failed.
     #[error("Cannot map {want_mib} MiB of guest memory: {reason}")]
     Map {
@@ -54,12 +46,8 @@ pub enum MemoryError {
 ///
 /// # Errors
 ///
-/// More than the host has, or the host refuses.
+/// The host refuses. That there is enough in all is [`host`](crate::host)'s affair.
 pub fn allocate(spec: &MemorySpec) -> Result<GuestMemoryMmap, MemoryError> {
-    let have = host_memory();
-    if spec.size > have {
-        return Err(MemoryError::TooMuch { want_mib: spec.size >> 20, have_mib: have >> 20 });
-    }
     let fail = |reason: String| MemoryError::Map { want_mib: spec.size >> 20, reason };
     let ranges = layout::ram_regions(spec.size)
         .into_iter()
@@ -113,29 +101,9 @@ fn advise(memory: &GuestMemoryMmap, advice: libc::c_int) -> io::Result<()> {
     Ok(())
 }
 
-/// RAM and swap of the host in bytes; `u64::MAX` when it does not say.
-fn host_memory() -> u64 {
-    let mut info = std::mem::MaybeUninit::<libc::sysinfo>::uninit();
-    // SAFETY: the kernel fills the structure, which it is given room for, or fails.
-    let info = unsafe {
-        if libc::sysinfo(info.as_mut_ptr()) != 0 {
-            return u64::MAX;
-        }
-        info.assume_init()
-    };
-    (info.totalram + info.totalswap).saturating_mul(u64::from(info.mem_unit))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn more_memory_than_the_host_has_is_refused_in_words() {
-        let spec = MemorySpec { size: 1 << 50, ..MemorySpec::default() };
-        let error = allocate(&spec).unwrap_err().to_string();
-        assert!(error.starts_with("Guest memory of 1073741824 MiB is more than this host has"), "{error}");
-    }
 
     #[test]
     fn prefaulted_huge_memory_is_there() {

@@ -1,11 +1,10 @@
 //! What else of the host matters.
 #![expect(unsafe_code, reason = "io_uring_setup is asked for by number")]
 
-use anyhow::bail;
-
 use super::Check;
 use crate::cli::run::guest_image::GuestImage;
 use crate::config::format_size;
+use crate::host;
 use crate::run_dir;
 
 /// A guest image and its page cache are comfortable with this much.
@@ -14,7 +13,7 @@ const COMFORTABLE: u64 = 1 << 30;
 pub(super) fn memory() -> Check {
     const NAME: &str = "memory";
     let available = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| available_in(&text));
-    let total = round(total_memory());
+    let total = round(host::total_memory());
     match available {
         Some(available) if available < COMFORTABLE => Check::warning(
             NAME,
@@ -34,26 +33,6 @@ fn available_in(meminfo: &str) -> Option<u64> {
 /// Whole mebibytes: nobody reads more digits.
 fn round(bytes: u64) -> String {
     format_size(bytes >> 20 << 20)
-}
-
-/// Memory and swap of this host.
-fn total_memory() -> u64 {
-    let info = rustix::system::sysinfo();
-    info.totalram.saturating_add(info.totalswap).saturating_mul(u64::from(info.mem_unit))
-}
-
-/// Refuses guest memory that is more than this host has, swap included. More than is free at the moment is the user's
-/// affair: guests seldom touch all they have.
-pub(in crate::cli) fn refuse_too_much_memory(size: u64) -> anyhow::Result<()> {
-    let total = total_memory();
-    if size > total {
-        bail!(
-            "The guest is to have {} of memory, and this host has {} in all",
-            format_size(size),
-            round(total)
-        );
-    }
-    Ok(())
 }
 
 pub(super) fn io_uring() -> Check {
@@ -111,12 +90,5 @@ mod tests {
     fn available_memory_is_read_in_kib() {
         assert_eq!(available_in("MemTotal: 1 kB\nMemAvailable:    2048 kB\n"), Some(2 << 20));
         assert_eq!(available_in("MemTotal: 1 kB\n"), None);
-    }
-
-    #[test]
-    fn more_memory_than_the_host_has_is_refused() {
-        refuse_too_much_memory(1 << 20).unwrap();
-        let error = refuse_too_much_memory(1 << 60).unwrap_err().to_string();
-        assert!(error.starts_with("The guest is to have 1048576T of memory"), "{error}");
     }
 }
