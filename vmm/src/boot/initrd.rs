@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::BootError;
+use super::{BootError, open_file};
 use crate::machine::layout::PAGE_SIZE;
 
 /// Where an initrd is in guest memory.
@@ -33,7 +33,7 @@ impl Initrd {
     pub fn open(paths: &[PathBuf]) -> Result<Self, BootError> {
         let open = |path: &PathBuf| {
             let fail = |source| BootError::Open { what: "initrd", path: path.clone(), source };
-            let file = File::open(path).map_err(fail)?;
+            let file = open_file("initrd", path)?;
             let metadata = file.metadata().map_err(fail)?;
             if !metadata.is_file() {
                 return Err(fail(std::io::Error::other("not a regular file")));

@@ -12,9 +12,9 @@
 //! The files are the user's own, but may be truncated or not kernels at all: everything read from them is
 //! checked before it is used as an address or a size.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use linux_loader::loader::bootparam::setup_header;
@@ -126,11 +126,7 @@ impl BootFiles {
     /// line it cannot take.
     pub fn open(spec: &VmSpec) -> Result<Self, BootError> {
         let path = spec.kernel.clone();
-        let kernel = File::open(&path).map_err(|source| BootError::Open {
-            what: "kernel",
-            path: path.clone(),
-            source,
-        })?;
+        let kernel = open_file("kernel", &path)?;
         let kind = probe(&path, &kernel)?;
         let wants_pvh = spec.boot == BootProtocol::Pvh;
         if wants_pvh && !matches!(kind, KernelKind::Elf { pvh: true, .. }) {
@@ -226,13 +222,19 @@ impl ByRefClone for &File {
     }
 }
 
+/// Opens a file without waiting for anybody, as opening a pipe would.
+fn open_file(what: &'static str, path: &Path) -> Result<File, BootError> {
+    let options = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).to_owned();
+    options.open(path).map_err(|source| BootError::Open { what, path: path.to_owned(), source })
+}
+
 /// Looks at the first bytes of a kernel image. Nothing is loaded yet.
 fn probe(path: &Path, file: &File) -> Result<KernelKind, BootError> {
     let unreadable = |source| BootError::Read { what: "kernel", path: path.to_owned(), source };
     let metadata = file.metadata().map_err(unreadable)?;
     let not = |found| Err(BootError::NotAKernel { path: path.to_owned(), found });
-    if metadata.is_dir() {
-        return not("a directory");
+    if !metadata.is_file() {
+        return not(if metadata.is_dir() { "a directory" } else { "no regular file" });
     }
     let mut head = [0; 0x270];
     let have = read_head(file, &mut head).map_err(unreadable)?;
