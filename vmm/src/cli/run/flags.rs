@@ -149,7 +149,8 @@ impl RunArgs {
             spec.cmdline = usual_cmdline(spec.console);
         }
         self.append_to_cmdline(&mut spec)?;
-        if spec.name.is_empty() {
+        // One that was given and is empty is a script's mistake.
+        if spec.name.is_empty() && self.name.is_none() {
             spec.name = format!("vm-{}", std::process::id());
         }
         if spec.uuid.is_nil() {
