@@ -16,9 +16,9 @@ use std::io::{self, Read, Write};
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::event_loop::{Interest, Token, Watch};
 
@@ -27,6 +27,9 @@ pub const PATH_MAX: usize = 107;
 
 /// Descriptors taken from one message; the kernel drops what is beyond.
 pub const FDS_PER_MESSAGE: usize = 16;
+
+/// Between messages about clients for whom there is no room.
+const TELL_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Connections that may wait to be accepted.
 const BACKLOG: libc::c_int = 128;
@@ -54,6 +57,12 @@ pub enum SocketError {
         /// The path.
         path: PathBuf,
     },
+    /// Another process listens there.
+    #[error("Cannot listen on {path:?}: somebody else does")]
+    InUse {
+        /// The path.
+        path: PathBuf,
+    },
     /// The kernel refused.
     #[error("Cannot listen on {path:?}")]
     Listen {
@@ -72,6 +81,9 @@ pub struct Listener {
     /// Given up for a moment when descriptors run out, so that the waiting client can be turned away
     /// instead of waking the loop for ever.
     spare: Option<File>,
+    /// Clients turned away since that was last said, and when it was.
+    turned_away: u64,
+    told: Option<Instant>,
 }
 
 impl Listener {
@@ -88,7 +100,19 @@ impl Listener {
         remove_stale(path)?;
         let socket = listen(&address).map_err(failed)?;
         let spare = File::open("/dev/null").ok();
-        Ok(Self { socket: UnixListener::from(socket), path: path.into(), spare })
+        Ok(Self { socket: UnixListener::from(socket), path: path.into(), spare, turned_away: 0, told: None })
+    }
+
+    /// [`bind`](Self::bind) where no lock proves anything: a socket that somebody listens on is left alone.
+    ///
+    /// # Errors
+    ///
+    /// The same, and that.
+    pub fn bind_unowned(path: &Path) -> Result<Self, SocketError> {
+        if is_alive(path) {
+            return Err(SocketError::InUse { path: path.into() });
+        }
+        Self::bind(path)
     }
 
     /// The next client that waits, if any. Ask until there is none.
@@ -114,6 +138,18 @@ impl Listener {
                     return None;
                 }
             }
+        }
+    }
+
+    /// Closes a connection that there is no room for. How often clients come is up to them: the log hears of it now and
+    /// then.
+    pub fn turn_away(&mut self, client: Connection, limit: usize) {
+        drop(client);
+        self.turned_away += 1;
+        if self.told.is_none_or(|told| told.elapsed() >= TELL_INTERVAL) {
+            tracing::warn!(path = ?self.path, "Turned clients away ({}): {limit} are connected", self.turned_away);
+            self.turned_away = 0;
+            self.told = Some(Instant::now());
         }
     }
 
@@ -149,6 +185,18 @@ fn address(path: &Path) -> Result<libc::sockaddr_un, SocketError> {
         *to = from.cast_signed();
     }
     Ok(address)
+}
+
+/// Whether a process has the socket at `path`. It does not notice: a connection between sockets of different types fails
+/// in the kernel, but in another way than one to a socket that nobody has (net/unix/af_unix.c, `unix_find_bsd`).
+fn is_alive(path: &Path) -> bool {
+    let connected = UnixDatagram::unbound().and_then(|probe| probe.connect(path));
+    match connected.map_err(|error| error.raw_os_error()) {
+        Err(Some(libc::ECONNREFUSED | libc::ENOENT | libc::ENOTDIR)) => false,
+        Err(Some(libc::EPROTOTYPE | libc::EACCES)) | Ok(()) => true,
+        // What this is, binding will tell.
+        Err(_) => false,
+    }
 }
 
 fn remove_stale(path: &Path) -> Result<(), SocketError> {
@@ -456,11 +504,24 @@ mod tests {
         let path = directory.path().join("s");
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
-        Listener::bind(&path).unwrap();
+        Listener::bind_unowned(&path).unwrap();
         std::fs::write(&path, "precious").unwrap();
-        let error = Listener::bind(&path).unwrap_err();
-        assert!(matches!(error, SocketError::NotASocket { .. }), "{error}");
+        for bind in [Listener::bind, Listener::bind_unowned] {
+            let error = bind(&path).unwrap_err();
+            assert!(matches!(error, SocketError::NotASocket { .. }), "{error}");
+        }
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    }
+
+    #[test]
+    fn a_socket_that_somebody_listens_on_is_not_taken_away_and_sees_no_client() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let mut listener = Listener::bind_unowned(&path).unwrap();
+        let error = Listener::bind_unowned(&path).unwrap_err();
+        assert!(matches!(error, SocketError::InUse { .. }), "{error}");
+        assert!(listener.accept().is_none());
+        UnixStream::connect(&path).unwrap();
     }
 
     #[test]

@@ -276,7 +276,7 @@ impl GuestChannel {
                 .map(|offset| (self.next_slot + offset) % CLIENTS_MAX)
                 .find(|slot| self.clients[*slot].is_none());
             let Some(slot) = free else {
-                tracing::warn!("Turning a guest channel client away: {CLIENTS_MAX} are connected");
+                self.listener.turn_away(connection, CLIENTS_MAX);
                 continue;
             };
             self.next_slot = slot + 1;

@@ -157,7 +157,7 @@ impl Monitor {
                 .map(|offset| (self.next_slot + offset) % CLIENTS_MAX)
                 .find(|slot| self.sessions[*slot].is_none());
             let Some(slot) = free else {
-                tracing::warn!("Turning a monitor client away: {CLIENTS_MAX} are connected");
+                self.listener.turn_away(connection, CLIENTS_MAX);
                 continue;
             };
             self.next_slot = slot + 1;
