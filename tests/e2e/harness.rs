@@ -14,6 +14,8 @@ use coordinator::recipes::{ExecRequest, Output, Stream, exec};
 use coordinator::{Event, GuestSession, Map, MonitorSession, SessionError};
 use serde_json::Value;
 
+use crate::payload::{Then, pvh_elf};
+
 /// The binary under test.
 pub const TARN: &str = env!("CARGO_BIN_EXE_tarn");
 
@@ -56,7 +58,7 @@ pub struct Lab {
 impl Lab {
     /// A place for a test that boots guests; `None`, loudly, where no KVM can (an error with `REQUIRE_KVM=1`).
     pub fn new(name: &'static str) -> Option<Self> {
-        let usable = vmm::host::open_kvm().is_ok() && vmm::host::has_hardware_virtualization();
+        let usable = vmm::host::open_kvm().is_ok() && vmm::host::hardware_virtualization().is_some();
         if !usable {
             let required = std::env::var("REQUIRE_KVM").is_ok_and(|value| value == "1");
             assert!(!required, "REQUIRE_KVM=1, and there is no KVM with svm or vmx here");
@@ -64,6 +66,11 @@ impl Lab {
             return None;
         }
         Some(Self::without_kvm(name))
+    }
+
+    /// A place for a test whose guests are payloads: any KVM can run them, a software one too.
+    pub fn for_payloads(name: &'static str) -> Option<Self> {
+        if vmm::host::open_kvm().is_ok() { Some(Self::without_kvm(name)) } else { Self::new(name) }
     }
 
     /// A place for a test that starts no guest.
@@ -102,6 +109,22 @@ impl Lab {
     /// Runs `tarn ARGS…` to its end.
     pub fn output(&self, args: &[&str]) -> std::process::Output {
         self.tarn(args).stdin(Stdio::null()).output().expect("tarn starts")
+    }
+
+    /// A payload kernel in a file, and the arguments of `tarn run` for it.
+    pub fn payload(&self, then: Then) -> Vec<String> {
+        let kernel = self.path(&format!("{then:?}.elf").replace(' ', ""));
+        fs::write(&kernel, pvh_elf("hello from the payload\n", then)).expect("a payload");
+        let kernel = kernel.to_str().expect("a plain path");
+        ["--kernel", kernel, "--console", "serial", "--memory", "64M", "--software-kvm"]
+            .map(str::to_owned)
+            .to_vec()
+    }
+
+    /// VMs that have something in the run-time directory, dead or alive.
+    pub fn leavings(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.path("run")).into_iter().flatten().flatten();
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
     }
 
     /// Starts `tarn run --name NAME ARGS…` in the foreground, without waiting for anything.

@@ -12,6 +12,8 @@
 #[path = "../payload/mod.rs"]
 mod payload;
 
+mod bad_input;
 mod boot;
 mod harness;
+mod monitor;
 mod story;
