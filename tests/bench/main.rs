@@ -1,0 +1,127 @@
+//! Figures: Tarn beside QEMU's `microvm` machine, same kernel, same initramfs, same disks, same run.
+//!
+//! ```text
+//!   scripts/bench ─ builds, fetches ─▶ with-kvm ─▶ this program
+//!                                                   │ round 0 is thrown away, 1…N count; in each, both sides in turn
+//!                                                   ├─ start:  payload, kernel   ── process start to first serial byte
+//!                                                   ├─ agent:  boot, ping        ── agent.sock or virtserialport
+//!                                                   ├─ memory: smaps less RAM    ── payload and booted guest
+//!                                                   └─ disk:   fio in the guest  ── two images, cached and direct
+//!                                                        │
+//!                                          Figures ──────┴─▶ table on stdout, figures.json
+//! ```
+//!
+//! Absolute numbers are those of the machine it runs on, often an emulated one; what counts is the ratio. A guest is
+//! awaited by blocking reads, so that measuring costs nothing while it is measured.
+
+#![expect(clippy::unwrap_used, reason = "a benchmark that cannot do what it wants has no better way out")]
+
+#[path = "../payload/mod.rs"]
+#[expect(dead_code, reason = "this payload only halts")]
+mod payload;
+
+mod agent;
+mod contender;
+mod facts;
+mod figures;
+mod fio;
+mod memory;
+mod rounds;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, ValueEnum};
+
+use figures::Figures;
+use rounds::Rounds;
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Group {
+    /// A payload of a few bytes: time to its first serial byte, memory of the VMM.
+    Payload,
+    /// Debian's kernel: time to its first serial byte.
+    Kernel,
+    /// The whole guest image: time to the agent's first answer, memory of the VMM, ping.
+    Agent,
+    /// Disk I/O.
+    Disk,
+}
+
+/// Measure Tarn beside QEMU's microvm machine.
+#[derive(Debug, Parser)]
+#[command(bin_name = "scripts/bench", no_binary_name = false)]
+struct Args {
+    /// One short round: shows that everything works
+    #[arg(long)]
+    quick: bool,
+    /// Rounds that count, behind one that does not [default: 10 for payload and kernel, 5 for agent, 3 for disk]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: Option<u32>,
+    /// Measure this only; may be repeated
+    #[arg(long, value_enum, value_name = "GROUP")]
+    only: Vec<Group>,
+    /// Right here, on whatever /dev/kvm there is: the payload alone
+    #[arg(long)]
+    native: bool,
+
+    /// The `tarn` to measure
+    #[arg(long, hide = true)]
+    tarn: PathBuf,
+    /// Kernel and initramfs
+    #[arg(long, hide = true)]
+    image: PathBuf,
+    /// An initramfs to be appended: Debian's qemu-ga
+    #[arg(long, hide = true)]
+    qemu_ga: Option<PathBuf>,
+    /// A disk image with fio on it
+    #[arg(long, hide = true)]
+    tools: Option<PathBuf>,
+    /// Where the JSON goes
+    #[arg(long, hide = true)]
+    output: PathBuf,
+    /// What scripts/bench knows of the sources, and of the packages
+    #[arg(long, hide = true, value_name = "NAME=TEXT")]
+    fact: Vec<String>,
+}
+
+impl Args {
+    fn measures(&self, group: Group) -> bool {
+        if self.native {
+            return group == Group::Payload;
+        }
+        self.only.is_empty() || self.only.contains(&group)
+    }
+
+    fn rounds(&self, usual: u32) -> u32 {
+        self.rounds.unwrap_or(if self.quick { 1 } else { usual })
+    }
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let mut figures = Figures::default();
+    let rounds = Rounds::new(&args);
+    if args.measures(Group::Payload) {
+        figures.append(rounds.payload(args.rounds(10)));
+    }
+    if args.measures(Group::Kernel) {
+        figures.append(rounds.kernel(args.rounds(10)));
+    }
+    if args.measures(Group::Agent) {
+        figures.append(rounds.agent(args.rounds(5)));
+    }
+    if args.measures(Group::Disk) {
+        figures.append(rounds.disk(args.rounds(3)));
+    }
+    drop(rounds);
+    let facts = facts::gather(&args);
+    print!("{}", figures.table());
+    let json = serde_json::json!({ "facts": facts, "figures": figures.json() });
+    fs::create_dir_all(args.output.parent().unwrap()).unwrap();
+    fs::write(&args.output, format!("{json:#}\n")).unwrap();
+    eprintln!("bench: {}", args.output.display());
+    ExitCode::SUCCESS
+}
