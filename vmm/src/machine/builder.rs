@@ -95,8 +95,11 @@ pub struct Parts<'a> {
 pub fn build(parts: &Parts<'_>) -> Result<Machine, MachineError> {
     let spec = parts.spec;
     let guest_memory = memory::allocate(&spec.memory)?;
-    let vm = create_vm(parts.kvm)?;
+    let vm = parts.kvm.create_vm().map_err(kvm("create a virtual machine"))?;
+    // Memory first: it waits until nobody reads the VM's tables any more. Behind the interrupt controllers, which leave
+    // KVM such a wait to do at its leisure (one tick of the host's clock), it would wait for theirs as well.
     memory::register(&vm, &guest_memory)?;
+    create_platform(&vm)?;
     let mut hardware = Hardware::new(vm, guest_memory);
 
     let (console, console_handle) = Console::new(parts.ports.to_vec())?;
@@ -135,15 +138,14 @@ fn device(name: &'static str) -> impl Fn(io::Error) -> MachineError {
     move |source| MachineError::Device { name, source }
 }
 
-fn create_vm(host: &Kvm) -> Result<VmFd, MachineError> {
-    let vm = host.create_vm().map_err(kvm("create a virtual machine"))?;
+/// What a PC has inside KVM.
+fn create_platform(vm: &VmFd) -> Result<(), MachineError> {
     let tss = usize::try_from(layout::KVM_TSS).unwrap_or(0);
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(kvm("place the identity map"))?;
     vm.set_tss_address(tss).map_err(kvm("place the TSS"))?;
     vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).map_err(kvm("create the timer"))?;
-    Ok(vm)
+    vm.create_pit2(pit).map_err(kvm("create the timer"))
 }
 
 fn create_vcpus(
