@@ -20,7 +20,7 @@ pub fn gather(args: &Args) -> Value {
     add("processor", field("/proc/cpuinfo", "model name"));
     add("processors", std::thread::available_parallelism().ok().map(|count| json!(count.get())));
     add("memory", field("/proc/meminfo", "MemTotal"));
-    add("hardware-virtualization", Some(json!(vmm::host::has_hardware_virtualization())));
+    add("hardware-virtualization", Some(json!(vmm::host::hardware_virtualization())));
     add("emulated", Some(json!(std::path::Path::new("/run/with-kvm").exists())));
     add("tarn", output(&args.tarn.to_string_lossy(), &["--version"]));
     add("qemu", output("qemu-system-x86_64", &["--version"]));
