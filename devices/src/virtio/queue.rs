@@ -36,6 +36,10 @@ use super::device::{ActiveQueue, Interrupt};
 /// (`seg_max`); QEMU draws the line at the same place.
 pub const MAX_INDIRECT_DESCRIPTORS: u32 = 1024;
 
+/// Where the entries of a used ring begin, and how large each is; `avail_event` follows them (virtio 1.2, 2.7.8).
+const USED_RING_ENTRIES: u64 = 4;
+const USED_RING_ENTRY: u64 = 8;
+
 /// What the driver did wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum Violation {
@@ -234,8 +238,18 @@ impl Virtqueue {
     ///
     /// [`Violation::Ring`] when the ring cannot be read.
     pub fn has_chains(&self) -> Result<bool, Violation> {
+        Ok(self.available()? > 0)
+    }
+
+    /// How many chains the driver has made available that were not popped yet. A driver that breaks the rules can
+    /// make it more than the queue's size.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation::Ring`] when the ring cannot be read.
+    pub fn available(&self) -> Result<u16, Violation> {
         let index = self.queue.avail_idx(&self.memory, Ordering::Acquire).map_err(Violation::Ring)?;
-        Ok(index.0 != self.queue.next_avail())
+        Ok(index.0.wrapping_sub(self.queue.next_avail()))
     }
 
     /// Takes the next chain, or `None` when the driver has made none available.
@@ -265,6 +279,20 @@ impl Virtqueue {
     pub fn pop_or_arm(&mut self) -> Result<Option<Chain>, Violation> {
         match self.pop()? {
             None if self.enable_doorbell()? => self.pop(),
+            chain => Ok(chain),
+        }
+    }
+
+    /// The same for a driver that will make `batch` chains available before it waits for anything, 1 or more: it is
+    /// asked to ring when all of them are there, not for each. Without EVENT_IDX it cannot be asked, and rings for the
+    /// first.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::pop`].
+    pub fn pop_or_arm_for(&mut self, batch: u16) -> Result<Option<Chain>, Violation> {
+        match self.pop()? {
+            None if self.enable_doorbell_for(batch)? => self.pop(),
             chain => Ok(chain),
         }
     }
@@ -311,6 +339,22 @@ impl Virtqueue {
     /// [`Violation::Ring`] when the ring cannot be accessed.
     pub fn enable_doorbell(&mut self) -> Result<bool, Violation> {
         self.queue.enable_notification(&self.memory).map_err(Violation::Ring)
+    }
+
+    /// As [`Self::enable_doorbell`], for the last of `batch` chains. Returns whether that many are there.
+    fn enable_doorbell_for(&mut self, batch: u16) -> Result<bool, Violation> {
+        if batch <= 1 || !self.queue.event_idx_enabled() {
+            return self.enable_doorbell();
+        }
+        let addr =
+            self.queue.used_ring() + USED_RING_ENTRIES + USED_RING_ENTRY * u64::from(self.queue.size());
+        let event = self.queue.next_avail().wrapping_add(batch - 1);
+        self.memory
+            .store(event.to_le(), GuestAddress(addr), Ordering::Relaxed)
+            .map_err(|_| Violation::BadBuffer { addr, len: 2 })?;
+        // The wish must be visible before the index is read, or the driver may not ring and we not look.
+        fence(Ordering::SeqCst);
+        Ok(self.available()? >= batch)
     }
 
     /// Rings the doorbell on behalf of the driver, so that the loop comes back to this queue.

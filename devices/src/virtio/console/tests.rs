@@ -719,6 +719,40 @@ fn a_guest_that_resets_at_any_time_races_with_nobody() {
     control_loop.join().unwrap();
 }
 
+#[test]
+fn a_full_reader_is_refilled_by_halves_not_page_by_page() {
+    for (features, doorbells) in [(ALL, 1), (WITHOUT_EVENT_IDX, 8)] {
+        let mut rig = Rig::connected(features);
+        (0..8).for_each(|_| drop(rig.driver.send(AGENT_RX, &[Buffer::Writable(PAGE)])));
+        rig.turn();
+        let data = vec![7; 16 * PAGE as usize];
+        assert_eq!(rig.handle.write(AGENT, &data), 8 * PAGE as usize);
+        assert_eq!(rig.handle.write(AGENT, &data), 0);
+        // The reader takes all there is, page after page, and then waits.
+        let mut rung = 0;
+        for _ in 0..8 {
+            assert_eq!(rig.driver.take_used(AGENT_RX).unwrap().data.len(), PAGE as usize);
+            rig.driver.send(AGENT_RX, &[Buffer::Writable(PAGE)]);
+            rung += usize::from(rig.driver.take_doorbell(AGENT_RX));
+        }
+        assert_eq!(rung, doorbells, "{features:#x}");
+        assert_eq!(rig.handle.doorbell(AGENT_RX), [Writable(AGENT)]);
+        assert_eq!(rig.handle.write(AGENT, &data), 8 * PAGE as usize);
+    }
+}
+
+#[test]
+fn a_reader_with_one_buffer_is_heard_at_once() {
+    let mut rig = Rig::connected(ALL);
+    for _ in 0..5 {
+        assert_eq!(rig.handle.write(AGENT, b"next"), 0);
+        rig.driver.send(AGENT_RX, &[Buffer::Writable(PAGE)]);
+        assert_eq!(rig.turn(), [Writable(AGENT)]);
+        assert_eq!(rig.handle.write(AGENT, b"next"), 4);
+        assert_eq!(rig.driver.take_used(AGENT_RX).unwrap().written(), b"next");
+    }
+}
+
 fn memory_of_the_rings(driver: &FakeDriver) -> Vec<u8> {
     let mut rings = vec![0; 8 << 16];
     driver.memory().read_slice(&mut rings, GuestAddress(1 << 20)).unwrap();
