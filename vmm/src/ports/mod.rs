@@ -21,4 +21,4 @@ pub use console::ConsoleHost;
 pub use terminal_io::TerminalIo;
 
 /// Bytes moved between a port and its host end at a time.
-pub const CHUNK: usize = 16 << 10;
+pub const CHUNK: usize = 64 << 10;
