@@ -265,7 +265,10 @@ impl Controller {
             tracing::debug!(%disk, "A disk had stopped, and goes on already");
             return Ok(());
         }
-        tracing::error!(%disk, ?operation, sector, "{errno}: the VM stops, `cont` tries again");
+        // Once for all that was in flight.
+        if self.state.is_running() {
+            tracing::error!(%disk, ?operation, sector, "{errno}: the VM stops, `cont` tries again");
+        }
         match self.apply(Input::IoError, &[]) {
             Err(ControlError::Denied(_)) => Ok(()),
             done => {
