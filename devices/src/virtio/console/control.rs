@@ -91,9 +91,9 @@ impl ToGuest {
         message.extend(value.to_le_bytes());
         match self {
             Self::Name => message.extend(spec.name.as_deref().unwrap_or_default().as_bytes()),
-            // The specification says columns first; Linux has read rows first since 2010 (struct `size` in
-            // handle_control_message() of drivers/char/virtio_console.c).
-            Self::Resize => [size.rows, size.cols].iter().for_each(|n| message.extend(n.to_le_bytes())),
+            // In the specification's order. Linux read rows first until its commit 5326ab737a47 of 2025, which stable
+            // kernels have too; a guest older than that takes one for the other, and nothing tells which it is.
+            Self::Resize => [size.cols, size.rows].iter().for_each(|n| message.extend(n.to_le_bytes())),
             Self::Add | Self::Remove | Self::Console | Self::Open(_) => {}
         }
         message
@@ -285,7 +285,7 @@ mod tests {
         assert_eq!(encode(ToGuest::Add), [5, 0, 0, 0, 1, 0, 1, 0]);
         assert_eq!(encode(ToGuest::Remove), [5, 0, 0, 0, 2, 0, 1, 0]);
         assert_eq!(encode(ToGuest::Console), [5, 0, 0, 0, 4, 0, 1, 0]);
-        assert_eq!(encode(ToGuest::Resize), [5, 0, 0, 0, 5, 0, 1, 0, 4, 3, 2, 1]);
+        assert_eq!(encode(ToGuest::Resize), [5, 0, 0, 0, 5, 0, 1, 0, 2, 1, 4, 3]);
         assert_eq!(encode(ToGuest::Open(false)), [5, 0, 0, 0, 6, 0, 0, 0]);
         assert_eq!(encode(ToGuest::Open(true)), [5, 0, 0, 0, 6, 0, 1, 0]);
         assert_eq!(encode(ToGuest::Name), b"\x05\0\0\0\x07\0\x01\0a.b");

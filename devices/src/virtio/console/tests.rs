@@ -134,7 +134,7 @@ fn a_linux_driver_is_introduced_to_every_port() {
         rig.hear(),
         [
             (0, 4, 1, vec![]),
-            (0, 5, 1, vec![25, 0, 80, 0]),
+            (0, 5, 1, vec![80, 0, 25, 0]),
             (1, 7, 1, b"org.qemu.guest_agent.0".to_vec()),
             (1, 6, 1, vec![]),
             (2, 7, 1, b"other".to_vec()),
@@ -322,7 +322,7 @@ fn a_resize_reaches_the_console_port_and_the_configuration_space() {
     rig.handle.resize(Size { cols: 100, rows: 40 });
     assert_ne!(rig.driver.read(0xfc), generation);
     assert_eq!(rig.driver.acknowledge() & 2, 2);
-    assert_eq!(rig.hear(), [(0, 5, 1, vec![40, 0, 100, 0])]);
+    assert_eq!(rig.hear(), [(0, 5, 1, vec![100, 0, 40, 0])]);
     assert_eq!(rig.driver.config::<2>(2), [40, 0]);
     assert_eq!(rig.driver.config::<8>(6), [0; 8]);
     assert_eq!(rig.driver.config::<8>(0xe00), [0; 8]);
