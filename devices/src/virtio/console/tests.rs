@@ -723,7 +723,9 @@ fn a_guest_that_resets_at_any_time_races_with_nobody() {
 fn a_full_reader_is_refilled_by_halves_not_page_by_page() {
     for (features, doorbells) in [(ALL, 1), (WITHOUT_EVENT_IDX, 8)] {
         let mut rig = Rig::connected(features);
-        (0..8).for_each(|_| drop(rig.driver.send(AGENT_RX, &[Buffer::Writable(PAGE)])));
+        for _ in 0..8 {
+            rig.driver.send(AGENT_RX, &[Buffer::Writable(PAGE)]);
+        }
         rig.turn();
         let data = vec![7; 16 * PAGE as usize];
         assert_eq!(rig.handle.write(AGENT, &data), 8 * PAGE as usize);
