@@ -4,6 +4,8 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 /// A signalfd for a set of blocked signals.
 #[derive(Debug)]
@@ -13,7 +15,7 @@ pub(crate) struct Signals {
 
 impl Signals {
     /// Blocks these signals in the calling thread, which must be the only one, and collects them in
-    /// a descriptor. Children start with nothing blocked: `std::process::Command` sees to it.
+    /// a descriptor. Children would inherit that: [`unblock_for`] them.
     pub(crate) fn block(numbers: &[libc::c_int]) -> io::Result<Self> {
         let mut set = MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: sigemptyset initializes the set it is given, and the other calls read or change
@@ -47,6 +49,22 @@ impl Signals {
         // SAFETY: the kernel filled the whole structure.
         let info = unsafe { info.assume_init() };
         libc::c_int::try_from(info.ssi_signo).ok()
+    }
+}
+
+/// Lets the program start with no signal blocked: `std::process::Command` leaves the mask as it is, and a program
+/// that cannot be told to end holds up a shutdown.
+pub(crate) fn unblock_for(command: &mut Command) -> &mut Command {
+    // SAFETY: between fork and exec only async-signal-safe calls are made, on a set on the stack.
+    unsafe {
+        command.pre_exec(|| {
+            let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+            libc::sigemptyset(set.as_mut_ptr());
+            if libc::sigprocmask(libc::SIG_SETMASK, set.as_ptr(), std::ptr::null_mut()) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(())
+        })
     }
 }
 

@@ -21,6 +21,7 @@ use super::{errno_text, payload};
 use crate::dispatch::Guest;
 use crate::log;
 use crate::poller::{Poller, Stream, Token};
+use crate::signals::unblock_for;
 
 /// Most bytes kept of each stream; the rest is read and dropped.
 const CAPTURED: usize = 16 << 20;
@@ -97,7 +98,7 @@ pub(crate) fn exec(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
         command.env_clear();
         command.envs(environment.iter().filter_map(|entry| entry.split_once('=')));
     }
-    let spawned = guest.children.spawn(&mut command, input, mode);
+    let spawned = guest.children.spawn(unblock_for(&mut command), input, mode);
     let pid = spawned.map_err(|error| {
         Error::generic(format!("Failed to execute child process “{path}” ({})", errno_text(&error)))
     })?;

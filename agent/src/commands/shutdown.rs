@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::failed;
 use crate::dispatch::Guest;
+use crate::signals::unblock_for;
 
 /// How long the program that asks the init for it may take. One that is still running then is taken
 /// to be at work.
@@ -42,7 +43,7 @@ pub(crate) fn shutdown(_: &mut Guest, mut args: Args) -> Result<Value, Error> {
     };
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let what = "child process has failed to shutdown";
-    let mut child = command.spawn().map_err(|error| failed(what, &error))?;
+    let mut child = unblock_for(&mut command).spawn().map_err(|error| failed(what, &error))?;
     match finish(&mut child).map_err(|error| failed(what, &error))? {
         None => Ok(json!({})),
         Some(status) if status.success() => Ok(json!({})),

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{WaitOptions, WaitStatus, wait};
 
 use super::{console, say};
+use crate::signals::unblock_for;
 
 /// What every service finds in its environment.
 const ENVIRONMENT: &[(&str, &str)] = &[
@@ -157,7 +158,7 @@ impl Program {
             Self::Shell { terminal } => shell(open_terminal(terminal)?)?,
         };
         command.env_clear().envs(ENVIRONMENT.iter().copied());
-        Ok(command.spawn()?.id())
+        Ok(unblock_for(&mut command).spawn()?.id())
     }
 }
 
