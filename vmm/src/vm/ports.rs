@@ -57,6 +57,8 @@ pub(super) struct PortHosts {
     /// What the guest is to be told when it runs again: ports whose client left meanwhile, another terminal size.
     closed_meanwhile: Vec<usize>,
     resized: bool,
+    /// Where bytes of the guest pass through.
+    buffer: Box<[u8]>,
 }
 
 /// A descriptor of the machine that runs.
@@ -76,6 +78,7 @@ impl PortHosts {
             answering: true,
             closed_meanwhile: vec![],
             resized: false,
+            buffer: vec![0; CHUNK].into(),
         }
     }
 
@@ -203,14 +206,13 @@ impl PortHosts {
         if unread {
             return console.discard(port);
         }
-        let mut buffer = vec![0; CHUNK];
         let mut moved = 0;
         while self.wants(port) {
-            let len = console.read(port, &mut buffer);
+            let len = console.read(port, &mut self.buffer);
             if len == 0 {
                 return;
             }
-            let bytes = &buffer[..len];
+            let bytes = &self.buffer[..len];
             match port {
                 CONSOLE_PORT => self.console.output(bytes, watch),
                 AGENT_PORT => core.guest.receive(bytes, Instant::now(), watch),
