@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -207,7 +208,8 @@ impl Vm<'_> {
             if let Ok(Some(status)) = self.child.try_wait() {
                 panic!("VM {} ended ({status}): {}", self.name, self.log());
             }
-            path.exists().then_some(())
+            // The file is there a moment before anybody listens.
+            UnixStream::connect(&path).ok()
         });
         path
     }
@@ -325,6 +327,13 @@ impl Monitor {
         self.run("query-status")["status"].as_str().expect("a status").to_owned()
     }
 
+    /// Drops the events that have come so far.
+    pub fn forget_events(&mut self) {
+        while let Some(event) = self.0.next_event(Duration::ZERO).expect("the monitor is there") {
+            drop(event);
+        }
+    }
+
     /// Waits for an event of this name; drops those before it.
     pub fn await_event(&mut self, name: &str) -> Event {
         let start = Instant::now();
@@ -345,6 +354,12 @@ pub fn run(command: &mut Command) -> String {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(output.status.success(), "{command:?}: {}\n{}", output.status, text(&output.stderr));
     text(&output.stdout)
+}
+
+/// The SHA-256 of a file, as sha256sum prints it.
+pub fn sha256(path: &Path) -> String {
+    let text = run(Command::new("sha256sum").arg(path));
+    text.split_whitespace().next().expect("a checksum").to_owned()
 }
 
 fn lossy(path: &Path) -> String {

@@ -14,6 +14,7 @@ mod payload;
 
 mod bad_input;
 mod boot;
+mod disks;
 mod harness;
 mod monitor;
 mod story;
