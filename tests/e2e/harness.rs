@@ -356,6 +356,14 @@ pub fn run(command: &mut Command) -> String {
     text(&output.stdout)
 }
 
+/// A client of a unix socket whose reads end in a failure instead of never.
+pub fn connect(path: &Path) -> UnixStream {
+    let socket = UnixStream::connect(path).expect("a socket");
+    socket.set_read_timeout(Some(limit())).expect("a socket");
+    socket.set_write_timeout(Some(limit())).expect("a socket");
+    socket
+}
+
 /// The SHA-256 of a file, as sha256sum prints it.
 pub fn sha256(path: &Path) -> String {
     let text = run(Command::new("sha256sum").arg(path));

@@ -17,4 +17,5 @@ mod boot;
 mod disks;
 mod harness;
 mod monitor;
+mod ports;
 mod story;
