@@ -149,3 +149,120 @@ impl ChannelHost {
         Some(Change::Closed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::io::{Read, Write};
+    use std::os::fd::RawFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// Remembers what is watched, as epoll would.
+    #[derive(Default)]
+    struct Watched(HashMap<RawFd, (Token, Interest)>);
+
+    impl Watch for Watched {
+        fn set(&mut self, fd: RawFd, token: Token, interest: Interest) {
+            self.0.insert(fd, (token, interest));
+        }
+        fn remove(&mut self, fd: RawFd) {
+            assert!(self.0.remove(&fd).is_some(), "removed what was not watched");
+        }
+    }
+
+    impl Watched {
+        fn client(&self) -> Option<Interest> {
+            self.0.values().find(|(token, _)| *token == Token::PortClient(3)).map(|(_, interest)| *interest)
+        }
+    }
+
+    struct Lab {
+        _dir: tempfile::TempDir,
+        watch: Watched,
+        host: ChannelHost,
+    }
+
+    fn lab() -> Lab {
+        let dir = tempfile::tempdir().unwrap();
+        let mut watch = Watched::default();
+        let host = ChannelHost::bind(&dir.path().join("s"), 3, &mut watch).unwrap();
+        Lab { _dir: dir, watch, host }
+    }
+
+    fn connect(lab: &mut Lab) -> UnixStream {
+        let client = UnixStream::connect(lab.host.path()).unwrap();
+        assert_eq!(lab.host.accept(&mut lab.watch), Some(Change::Opened));
+        client
+    }
+
+    #[test]
+    fn a_client_that_leaves_at_once_still_has_its_bytes_delivered_and_is_not_watched_meanwhile() {
+        let mut lab = lab();
+        let mut client = connect(&mut lab);
+        client.write_all(b"last words").unwrap();
+        drop(client);
+        assert_eq!(lab.host.client_ready(&mut lab.watch), None);
+        assert_eq!(lab.host.client_ready(&mut lab.watch), None);
+        assert_eq!(lab.host.input(), b"last words");
+        assert_eq!(lab.watch.client(), None, "a hang-up would be told again and again");
+        assert_eq!(lab.host.consumed(5, &mut lab.watch), None);
+        assert_eq!(lab.host.consumed(5, &mut lab.watch), Some(Change::Closed));
+        assert!(!lab.host.is_open());
+        connect(&mut lab);
+    }
+
+    #[test]
+    fn a_client_that_only_stops_sending_still_gets_its_answer() {
+        let mut lab = lab();
+        let mut client = connect(&mut lab);
+        client.write_all(b"question").unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(lab.host.client_ready(&mut lab.watch), None);
+        assert_eq!(lab.host.consumed(8, &mut lab.watch), None);
+        assert_eq!(lab.host.client_ready(&mut lab.watch), None);
+        assert_eq!(lab.watch.client(), Some(Interest::NONE), "its end is known; only a hang-up is awaited");
+        lab.host.output(b"answer", &mut lab.watch);
+        let mut answer = [0; 6];
+        client.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"answer");
+        drop(client);
+        assert_eq!(lab.host.client_ready(&mut lab.watch), Some(Change::Closed));
+    }
+
+    #[test]
+    fn a_client_that_does_not_read_stops_the_guest_and_loses_nothing() {
+        let mut lab = lab();
+        let mut client = connect(&mut lab);
+        let mut sent = Vec::new();
+        while lab.host.wants_output() {
+            let piece = vec![u8::try_from(sent.len() % 251).unwrap(); CHUNK];
+            lab.host.output(&piece, &mut lab.watch);
+            sent.extend(piece);
+        }
+        assert!(sent.len() < OUTPUT_MAX + (2 << 20), "bounded: {}", sent.len());
+        assert_eq!(lab.watch.client().map(|interest| interest.write), Some(true));
+        client.set_nonblocking(true).unwrap();
+        let (mut received, mut buffer) = (Vec::new(), vec![0; 1 << 16]);
+        while received.len() < sent.len() {
+            match client.read(&mut buffer) {
+                Ok(len) => received.extend_from_slice(&buffer[..len]),
+                Err(_) => assert_eq!(lab.host.client_ready(&mut lab.watch), None),
+            }
+        }
+        assert!(received == sent);
+        assert!(lab.host.wants_output());
+    }
+
+    #[test]
+    fn one_client_at_a_time_and_the_next_waits_its_turn() {
+        let mut lab = lab();
+        let first = connect(&mut lab);
+        let _second = UnixStream::connect(lab.host.path()).unwrap();
+        assert_eq!(lab.host.accept(&mut lab.watch), None);
+        drop(first);
+        assert_eq!(lab.host.client_ready(&mut lab.watch), Some(Change::Closed));
+        assert_eq!(lab.host.accept(&mut lab.watch), Some(Change::Opened));
+    }
+}
