@@ -1,6 +1,7 @@
 //! Commands as people type them, for `tarn qmp` and `tarn agent`: a JSON request, or a verb with `key=value` words.
 
 use std::io::{self, IsTerminal, Write};
+use std::ops::ControlFlow;
 use std::os::fd::BorrowedFd;
 
 use anyhow::{Context, anyhow, bail};
@@ -126,9 +127,7 @@ pub(super) fn converse(session: &mut impl Interlocutor, prompt: &str) -> anyhow:
         };
         let [from_peer, typed] = fds.map(|fd| fd.revents());
         if !from_peer.is_empty() {
-            while let Some(event) = session.event()? {
-                print_event(&event)?;
-            }
+            print_events(session)?;
         }
         if typed.is_empty() {
             continue;
@@ -141,7 +140,9 @@ pub(super) fn converse(session: &mut impl Interlocutor, prompt: &str) -> anyhow:
         }
         while let Some(end) = pending.iter().position(|&byte| byte == b'\n') {
             let line: Vec<u8> = pending.drain(..=end).collect();
-            status = answer(session, &String::from_utf8_lossy(&line))?.unwrap_or(status);
+            if answer(session, &String::from_utf8_lossy(&line), &mut status)?.is_break() {
+                return Ok(status);
+            }
             output::print(prompt)?;
         }
         if count == 0 {
@@ -150,27 +151,42 @@ pub(super) fn converse(session: &mut impl Interlocutor, prompt: &str) -> anyhow:
     }
 }
 
-/// `None` for an empty line, else the status so far: that of the last command.
-fn answer(session: &mut impl Interlocutor, line: &str) -> anyhow::Result<Option<u8>> {
+/// Runs what was typed; `status` becomes that of the command, if it is one. Breaks when there is nobody left to talk to.
+fn answer(session: &mut impl Interlocutor, line: &str, status: &mut u8) -> anyhow::Result<ControlFlow<()>> {
     let words = words(line);
     if words.is_empty() {
-        return Ok(None);
+        return Ok(ControlFlow::Continue(()));
     }
+    *status = super::FAILURE;
     let typed = match Typed::parse(&words) {
         Ok(typed) => typed,
         Err(error) => {
             output::complain(&format!("{error:#}"));
-            return Ok(Some(super::FAILURE));
+            return Ok(ControlFlow::Continue(()));
         }
     };
+    let ends = typed.verb == "quit";
     match session.execute(typed) {
-        Ok(value) => output::print_json(&value).map(|()| Some(0)),
+        Ok(value) => {
+            *status = 0;
+            // What the command caused came before its result.
+            let events = print_events(session);
+            output::print_json(&value)?;
+            return if ends { Ok(ControlFlow::Break(())) } else { events.map(ControlFlow::Continue) };
+        }
         Err(error @ (SessionError::Refused { .. } | SessionError::Timeout { .. })) => {
             output::complain(&format!("{:#}", anyhow::Error::new(error)));
-            Ok(Some(super::FAILURE))
         }
-        Err(error) => Err(error.into()),
+        Err(error) => return Err(error.into()),
     }
+    Ok(ControlFlow::Continue(()))
+}
+
+fn print_events(session: &mut impl Interlocutor) -> anyhow::Result<()> {
+    while let Some(event) = session.event()? {
+        print_event(&event)?;
+    }
+    Ok(())
 }
 
 fn print_event(event: &Event) -> anyhow::Result<()> {
