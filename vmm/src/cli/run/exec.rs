@@ -38,6 +38,8 @@ pub(super) struct Plan {
 const TAIL: usize = 8 << 10;
 /// How many of its lines are shown.
 const TAIL_LINES: usize = 40;
+/// Before the guest has drivers for the usual console, it can only be heard elsewhere.
+const SILENT: &str = "its console showed nothing (--console serial shows a kernel from its first line)";
 /// After the VM has ended: how long its clients may take to notice.
 const NOTICE: Duration = Duration::from_secs(1);
 /// How long a guest with disks may take to shut down.
@@ -147,7 +149,7 @@ fn conclude(
     };
     let tail = tail.recv_timeout(NOTICE).unwrap_or_default();
     let error = match last_lines(&tail) {
-        lines if lines.is_empty() => error,
+        lines if lines.is_empty() => anyhow!("{error:#}; {SILENT}"),
         lines => error.context(format!("The last lines of the guest's console:\n{lines}\ntarn")),
     };
     if outcome.exit == 0 {
@@ -200,7 +202,8 @@ mod tests {
 
     #[test]
     fn other_errors_are_told_as_they_are() {
-        assert_eq!(concluded(0, Some(Err(anyhow!("No agent"))), ""), Err("No agent".into()));
+        let error = concluded(0, Some(Err(anyhow!("No agent"))), "").unwrap_err();
+        assert!(error.starts_with("No agent; its console showed nothing"), "{error}");
     }
 
     #[test]
