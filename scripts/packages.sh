@@ -10,6 +10,7 @@
 #   unpack_package PACKAGE DIR      fetches PACKAGE (or the package it stands for: linux-image-amd64) with apt-get, without
 #                                   installing it and without root, and unpacks it into DIR; its name and version then
 #                                   stand in DIR/PACKAGE.package
+#   unpack_packages DIR PACKAGE…    the same for several at once
 #
 # All messages go to stderr. Works as root and as any user; nothing happens where nothing is missing.
 
@@ -94,25 +95,31 @@ real_package() {
     printf '%s\n' "${real:-$1}"
 }
 
-unpack_package() {
-    local package=$1 directory=$2 real scratch deb
+unpack_package() { unpack_packages "$2" "$1"; }
+
+unpack_packages() {
+    local directory=$1 package scratch deb
+    local -A asked=()
+    shift
     if ! command -v apt-get dpkg-deb >/dev/null; then
-        die "apt-get and dpkg-deb are needed to fetch the Debian package $package, and this machine has none"
+        die "apt-get and dpkg-deb are needed to fetch the Debian package $1, and this machine has none"
     fi
-    if [[ -z $(apt-cache --quiet=2 show -- "$package" 2>/dev/null) ]]; then
-        say "package lists do not know $package yet: updating them"
+    if [[ -z $(apt-cache --quiet=2 show -- "$1" 2>/dev/null) ]]; then
+        say "package lists do not know $1 yet: updating them"
         as_root apt-get -qq update >&2 ||
-            die "the package lists do not know $package; please run:  sudo apt-get update"
+            die "the package lists do not know $1; please run:  sudo apt-get update"
     fi
-    real=$(real_package "$package")
-    say "fetching $real (not installed into the system, unpacked into $directory)"
+    for package in "$@"; do asked[$(real_package "$package")]=$package; done
+    say "fetching ${!asked[*]} (not installed into the system, unpacked into $directory)"
     mkdir -p "$directory"
     scratch=$(mktemp -d "$directory/fetch.XXXXXX")
     # apt-get drops to user _apt, who cannot write here, unless it is told to stay.
-    (cd "$scratch" && apt-get -qq -o APT::Sandbox::User="$(id -un)" download -- "$real" >&2) ||
-        { rm -rf "$scratch"; die "cannot fetch $real: see the messages above; 'apt-get update' may help"; }
-    deb=$(find "$scratch" -name '*.deb')
-    dpkg-deb -x "$deb" "$directory" || { rm -rf "$scratch"; die "cannot unpack $deb"; }
-    dpkg-deb -f "$deb" Package Version | sed 's/^[A-Z][a-z]*: //' | paste -sd ' ' >"$directory/$package.package"
+    (cd "$scratch" && apt-get -qq -o APT::Sandbox::User="$(id -un)" download -- "${!asked[@]}" >&2) ||
+        { rm -rf "$scratch"; die "cannot fetch ${!asked[*]}: see the messages above; 'apt-get update' may help"; }
+    for deb in "$scratch"/*.deb; do
+        dpkg-deb -x "$deb" "$directory" || { rm -rf "$scratch"; die "cannot unpack $deb"; }
+        package=${asked[$(dpkg-deb -f "$deb" Package)]}
+        dpkg-deb -f "$deb" Package Version | sed 's/^[A-Z][a-z]*: //' | paste -sd ' ' >"$directory/$package.package"
+    done
     rm -rf "$scratch"
 }

@@ -128,6 +128,13 @@ impl Lab {
         entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
     }
 
+    /// A monitor client of the VM of that name, whoever started it.
+    pub fn monitor(&self, name: &str) -> Monitor {
+        let path = self.path("run").join(name).join("monitor.sock");
+        eventually("the VM's sockets", || path.exists().then_some(()));
+        Monitor(MonitorSession::connect(&path, limit()).expect("the monitor greets"))
+    }
+
     /// Starts `tarn run --name NAME ARGS…` in the foreground, without waiting for anything.
     pub fn launch(&self, name: &'static str, args: &[&str]) -> Vm<'_> {
         let file = |kind: &str| File::create(self.path(&format!("{name}.{kind}"))).expect("a log file");
