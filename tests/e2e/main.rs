@@ -14,6 +14,8 @@ mod payload;
 
 mod bad_input;
 mod boot;
+mod cli;
+mod clients;
 mod disks;
 mod harness;
 mod monitor;
