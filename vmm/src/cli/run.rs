@@ -36,6 +36,7 @@ pub(super) fn run(args: RunArgs, global: &Global) -> anyhow::Result<u8> {
     if args.detached {
         detach::leave_session()?;
     }
+    host::refuse_too_much_memory(spec.memory.size).map_err(with_advice)?;
     if !args.software_kvm {
         host::refuse_software_kvm().map_err(with_advice)?;
     }

@@ -27,7 +27,7 @@ use crate::socket::SocketError;
 /// Why a VM could not run, or could not be ended well.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// No usable KVM, or not enough memory.
+    /// No usable KVM.
     #[error(transparent)]
     Host(#[from] HostError),
     /// Kernel, initrd or command line.
@@ -93,7 +93,6 @@ pub struct Foreground {
 /// It could not be started: nothing is left behind. Or it has ended, and a disk could not be brought to rest.
 pub fn run(spec: &VmSpec, dir: &RunDir, foreground: Foreground) -> Result<Outcome, RunError> {
     let setup = |what| move |source| RunError::Setup { what, source };
-    host::refuse_too_much_memory(spec.memory.size)?;
     // Before any thread starts: they inherit the mask.
     let job_control = foreground.terminal == Terminal::Attached && io::stdin().is_terminal();
     let mut signals = Signals::take(job_control).map_err(setup("signals"))?;
