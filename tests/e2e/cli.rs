@@ -279,7 +279,7 @@ fn completions_know_it(lab: &Lab) {
     let directory = Path::new(TARN).parent().unwrap().display();
     let ask = |words: &str, typed: &str| {
         let script = format!(
-            "PATH={directory}:$PATH; source <(tarn completions bash); COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); \
+            "PATH={directory}:$PATH; eval \"$(tarn completions bash)\"; COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); \
              COMP_TYPE=9; _clap_complete_tarn tarn '{typed}' x; printf '%s\\n' \"${{COMPREPLY[@]}}\""
         );
         run(Command::new("bash").args(["-c", &script]).env("TARN_RUN_DIR", lab.path("run")))

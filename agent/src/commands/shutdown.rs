@@ -46,7 +46,7 @@ pub(crate) fn shutdown(_: &mut Guest, mut args: Args) -> Result<Value, Error> {
     let mut child = unblock_for(&mut command).spawn().map_err(|error| failed(what, &error))?;
     match finish(&mut child).map_err(|error| failed(what, &error))? {
         None => Ok(json!({})),
-        Some(status) if status.success() => Ok(json!({})),
+        Some(status) if status.success() || is_swept_away(status) => Ok(json!({})),
         Some(status) => Err(Error::generic(complaint(&mut child, status))),
     }
 }
@@ -63,6 +63,11 @@ fn finish(child: &mut Child) -> std::io::Result<Option<ExitStatus>> {
         poll(&mut [PollFd::new(&fd.as_fd(), PollFlags::IN)], Some(&limit))?;
     }
     child.try_wait()
+}
+
+/// Whether the init has begun: it ends all processes, and the one that has just asked it may be the first.
+fn is_swept_away(status: ExitStatus) -> bool {
+    matches!(status.signal(), Some(libc::SIGTERM | libc::SIGKILL))
 }
 
 fn complaint(child: &mut Child, status: ExitStatus) -> String {
@@ -82,5 +87,17 @@ fn complaint(child: &mut Child, status: ExitStatus) -> String {
             let signal = status.signal().unwrap_or_default();
             format!("child process has terminated abnormally: signal {signal}")
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_asked_for_the_end_may_be_ended_first() {
+        assert!(is_swept_away(ExitStatus::from_raw(libc::SIGTERM)));
+        assert!(!is_swept_away(ExitStatus::from_raw(libc::SIGSEGV)));
+        assert!(!is_swept_away(ExitStatus::from_raw(1 << 8)));
     }
 }
