@@ -41,7 +41,7 @@ pub(super) fn run(args: RunArgs, global: &Global) -> anyhow::Result<u8> {
         host::refuse_software_kvm().map_err(with_advice)?;
     }
     let dir = RunDir::create(&spec.name)?;
-    dir.write_config(&spec)?;
+    dir.write_config(&spec.with_absolute_paths().context("Cannot tell the current directory")?)?;
     let patience = args.agent_timeout();
     if let Some(command) = args.exec {
         let plan = exec::Plan { command, input: !args.no_input, patience };

@@ -1,6 +1,7 @@
 //! Whether a [`VmSpec`] can be a VM at all, decided without opening anything.
 
 use std::collections::HashSet;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use super::{VmSpec, format_size};
@@ -122,6 +123,20 @@ pub enum ConfigError {
 }
 
 impl VmSpec {
+    /// The same with the paths of its files as they read from any directory: for those who look at a VM from elsewhere.
+    /// Sockets keep theirs, which must be short.
+    ///
+    /// # Errors
+    /// There is no current directory.
+    pub fn with_absolute_paths(&self) -> io::Result<Self> {
+        let mut spec = self.clone();
+        let disks = spec.disks.iter_mut().map(|disk| &mut disk.path);
+        for path in disks.chain(&mut spec.initrd).chain([&mut spec.kernel]) {
+            *path = std::path::absolute(&path)?;
+        }
+        Ok(spec)
+    }
+
     /// Checks everything that can be checked without opening a file.
     ///
     /// # Errors
@@ -258,6 +273,18 @@ mod tests {
     #[test]
     fn the_default_with_a_name_and_a_kernel_is_valid() {
         good().validate().unwrap();
+    }
+
+    #[test]
+    fn files_are_found_from_elsewhere_too() {
+        let mut spec = good();
+        spec.disks = vec![DiskSpec::new("d.raw"), DiskSpec::new("/e")];
+        let spec = spec.with_absolute_paths().unwrap();
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(
+            [&spec.kernel, &spec.disks[0].path, &spec.disks[1].path],
+            [Path::new("/k"), &here.join("d.raw"), Path::new("/e")]
+        );
     }
 
     #[test]
