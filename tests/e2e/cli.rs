@@ -338,6 +338,13 @@ fn how_the_vm_ended_is_the_status_and_the_last_word() {
     let said = text(&output.stderr);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(70), ""), "{said}");
     assert!(said.contains("The guest ended before the command had: the guest's kernel panicked"), "{said}");
+    let payload = lab.payload(Then::Jump(0xc800_0000));
+    let mut args = vec!["run", "--name", "brief", "--exec", "true"];
+    args.extend(payload.iter().map(String::as_str));
+    let output = lab.output(&args);
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("KVM") && said.contains("The guest cannot run any further"), "{said}");
     let payload = lab.payload(Then::Halt);
     let mut args = vec!["run", "--name", "brief", "--exec", "true", "--agent-timeout", "1"];
     args.extend(payload.iter().map(String::as_str));

@@ -1,13 +1,14 @@
 //! `tarn run --exec`: a VM for one command.
 //!
 //! ```text
-//!   main thread      VM ──────────────────────────────────────────────▶ ends
-//!                     │ ready                                        ▲      │
+//!   main thread      VM ─────────────────────────────────────────────▶ ends
+//!                     │ ready                                       ▲      │
 //!   exec thread       ├─▶ wait for agent ─▶ command ─▶ outputs ─▶ end it   │ status
-//!   console thread    └─▶ keeps the last lines, for when things go wrong    │ last lines
+//!   fault thread      ├─▶ a guest that cannot run any further ─────▶ ┘     │ or fault
+//!   console thread    └─▶ keeps the last lines, for when things go wrong   │ last lines
 //! ```
 //!
-//! Both threads are clients of the VM's sockets like any other process; they end with the connections.
+//! All threads are clients of the VM's sockets like any other process; they end with the connections.
 
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -59,6 +60,8 @@ pub(super) fn run(spec: &VmSpec, dir: &RunDir, plan: Plan, verbose: bool) -> any
     let ready: Box<dyn FnOnce() + Send> = Box::new(move || {
         let console = paths.clone();
         thread::spawn(move || keep_console(&console, verbose, &tail_sender));
+        let (watched, fault_sender) = (paths.clone(), status_sender.clone());
+        thread::spawn(move || end_on_fault(&watched, &fault_sender));
         thread::spawn(move || {
             let result =
                 exec(&paths, plan).map_err(|error| if runs(&paths) { error } else { GuestEnded.into() });
@@ -81,6 +84,28 @@ fn exec(paths: &VmPaths, plan: Plan) -> anyhow::Result<u8> {
     let mut agent = GuestSession::connect(&paths.agent_socket())?;
     agent.wait_for_agent(plan.patience)?;
     run_and_pass_on(&mut agent, &request)
+}
+
+/// A guest that KVM cannot run is kept for those who look into it; here nobody does, and its command would never end.
+fn end_on_fault(paths: &VmPaths, status: &Sender<anyhow::Result<u8>>) {
+    const LONG: Duration = Duration::from_secs(3600);
+    let Ok(mut monitor) = MonitorSession::connect(&paths.monitor_socket(), SHUTDOWN) else { return };
+    loop {
+        let state = monitor.execute("query-status", None, SHUTDOWN);
+        if state.is_ok_and(|state| state["status"] == "internal-error") {
+            let _ = status.send(Err(anyhow!("The guest cannot run any further; the message above says why")));
+            let _ = monitor.execute("quit", None, SHUTDOWN);
+            return;
+        }
+        // The event does not say why: asked again.
+        loop {
+            match monitor.next_event(LONG) {
+                Ok(Some(event)) if event.name == "STOP" => break,
+                Ok(_) => {}
+                Err(_) => return,
+            }
+        }
+    }
 }
 
 /// Whether the guest goes on, whatever its agent does.
