@@ -226,5 +226,8 @@ fn debians_own_agent_answers_through_the_broker() {
     assert!(version.starts_with(packaged), "{version} of {package}");
     assert!(vm.sh("ps").contains("qemu-ga"), "it is the one that runs");
     its_filesystems_freeze_and_thaw(&mut vm);
-    vm.power_off();
+    // It asks for what a whole distribution has, /sbin/shutdown; without it the power button is pressed.
+    let output = lab.output(&["stop", "debian"]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(vm.wait().success());
 }
