@@ -20,28 +20,30 @@ pub struct Agent {
 
 impl Agent {
     /// Asks as soon as there is a socket, and waits for the answer. Both sides hold the question until the guest takes it.
-    pub fn wait(vm: &mut Running) -> Self {
+    pub fn wait(vm: &mut Running) -> Result<Self, String> {
         let stream = loop {
             match UnixStream::connect(&vm.agent_socket) {
                 Ok(stream) => break stream,
-                Err(error) if vm.started.elapsed() > LIMIT => vm.fail(&format!("no agent socket: {error}")),
+                Err(error) if vm.started.elapsed() > LIMIT => {
+                    return Err(vm.autopsy(&format!("no agent socket: {error}")));
+                }
                 Err(_) => std::thread::sleep(PAUSE),
             }
         };
         stream.set_read_timeout(Some(LIMIT)).unwrap();
         let mut agent = Self { stream, up: Duration::ZERO };
         if let Err(error) = agent.ask() {
-            vm.fail(&format!("no agent: {error}"));
+            return Err(vm.autopsy(&format!("no agent: {error}")));
         }
         agent.up = vm.started.elapsed();
-        agent
+        Ok(agent)
     }
 
     /// One round trip.
-    pub fn ping(&mut self) -> Duration {
+    pub fn ping(&mut self) -> Result<Duration, String> {
         let start = Instant::now();
-        self.ask().unwrap();
-        start.elapsed()
+        self.ask().map_err(|error| format!("ping: {error}"))?;
+        Ok(start.elapsed())
     }
 
     fn ask(&mut self) -> std::io::Result<()> {

@@ -58,7 +58,6 @@ pub struct Host<'a> {
 /// A VMM that runs; killed when dropped.
 #[derive(Debug)]
 pub struct Running {
-    pub vmm: Vmm,
     pub started: Instant,
     pub agent_socket: PathBuf,
     child: Child,
@@ -81,7 +80,7 @@ impl Host<'_> {
         let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         // Closes our copy of the pipe's other end.
         drop(command);
-        Running { vmm, started, agent_socket, child, output, log }
+        Running { started, agent_socket, child, output, log }
     }
 
     fn tarn(&self, guest: &Guest) -> (Command, PathBuf) {
@@ -169,25 +168,25 @@ impl Running {
     }
 
     /// Waits for the first byte of the guest's output; the time since the process was started.
-    pub fn first_byte(&mut self) -> Duration {
+    pub fn first_byte(&mut self) -> Result<Duration, String> {
         let limit = LIMIT.try_into().unwrap();
         let ready = poll(&mut [PollFd::new(&self.output, PollFlags::IN)], Some(&limit));
         let mut byte = [0];
         if ready != Ok(1) || !matches!(self.output.read(&mut byte), Ok(1)) {
-            self.fail("no output");
+            return Err(self.autopsy("no output"));
         }
-        self.started.elapsed()
+        Ok(self.started.elapsed())
     }
 
-    /// Ends the benchmark with what the VMM and its guest said.
-    pub fn fail(&mut self, what: &str) -> ! {
+    /// Ends it; `what` went wrong, and what the VMM and its guest had to say.
+    pub fn autopsy(&mut self, what: &str) -> String {
         let _ = self.child.kill();
         let status = self.child.wait().map_or(-1, ExitStatusExt::into_raw);
         let mut console = Vec::new();
         let _ = self.output.read_to_end(&mut console);
         let log = fs::read(&self.log).unwrap_or_default();
         let (log, console) = (String::from_utf8_lossy(&log), String::from_utf8_lossy(&console));
-        panic!("{:?}: {what} (wait status {status})\n{log}\n--- console\n{console}", self.vmm);
+        format!("{what} (wait status {status})\n{log}\n--- console\n{console}")
     }
 }
 

@@ -32,7 +32,11 @@ struct Figure {
 
 /// All figures, in the order they were first added to.
 #[derive(Debug, Default)]
-pub struct Figures(Vec<Figure>);
+pub struct Figures {
+    figures: Vec<Figure>,
+    /// Runs that gave none, and why.
+    failures: Vec<String>,
+}
 
 /// What several runs gave.
 #[derive(Debug, Clone, Copy)]
@@ -72,16 +76,32 @@ impl Figure {
 impl Figures {
     /// Adds a sample.
     pub fn add(&mut self, name: &str, (unit, better): (&'static str, Better), side: Side, sample: f64) {
-        let index = self.0.iter().position(|figure| figure.name == name).unwrap_or_else(|| {
-            self.0.push(Figure { name: name.to_owned(), unit, better, samples: Default::default() });
-            self.0.len() - 1
-        });
-        self.0[index].samples[side as usize].push(sample);
+        let samples = &mut self.figure(name, unit, better).samples;
+        samples[side as usize].push(sample);
     }
 
-    /// Adds all of `more` behind what is there.
-    pub fn append(&mut self, mut more: Self) {
-        self.0.append(&mut more.0);
+    /// Adds everything in `more`.
+    pub fn append(&mut self, more: Self) {
+        for Figure { name, unit, better, samples } in more.figures {
+            let figure = self.figure(&name, unit, better);
+            for (all, mut new) in figure.samples.iter_mut().zip(samples) {
+                all.append(&mut new);
+            }
+        }
+        self.failures.extend(more.failures);
+    }
+
+    /// A run gave no figures.
+    pub fn failed(&mut self, why: String) {
+        self.failures.push(why);
+    }
+
+    fn figure(&mut self, name: &str, unit: &'static str, better: Better) -> &mut Figure {
+        let index = self.figures.iter().position(|figure| figure.name == name).unwrap_or_else(|| {
+            self.figures.push(Figure { name: name.to_owned(), unit, better, samples: Default::default() });
+            self.figures.len() - 1
+        });
+        &mut self.figures[index]
     }
 
     /// For people. Ratios below 1 are good where lower is better, above 1 where higher is; the others are marked.
@@ -102,7 +122,7 @@ impl Figures {
             .map(str::to_owned)
             .to_vec(),
         ];
-        for figure in &self.0 {
+        for figure in &self.figures {
             let mut row = vec![figure.name.clone(), figure.unit.to_owned()];
             for side in [Side::Tarn, Side::Qemu, Side::QemuGa] {
                 match figure.summary(side) {
@@ -125,7 +145,15 @@ impl Figures {
         }
         let mut text = align(&rows);
         text.push_str("Medians; ratio: Tarn's over the other's; ◀ marks where Tarn is behind\n");
+        for failure in &self.failures {
+            let _ = writeln!(text, "failed, and tried again: {}", failure.lines().next().unwrap_or_default());
+        }
         text
+    }
+
+    /// The runs that gave no figures, in words.
+    pub fn failures(&self) -> &[String] {
+        &self.failures
     }
 
     /// For programs.
@@ -146,7 +174,7 @@ impl Figures {
             }
             object
         };
-        self.0.iter().map(figure).collect()
+        self.figures.iter().map(figure).collect()
     }
 }
 

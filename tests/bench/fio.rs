@@ -38,16 +38,16 @@ pub fn run(
     session: &mut GuestSession,
     disks: &[&'static str],
     time: Duration,
-) -> Vec<(&'static str, Job, f64)> {
+) -> Result<Vec<(&'static str, Job, f64)>, String> {
     let runs: Vec<_> = disks.iter().flat_map(|disk| JOBS.map(|job| (*disk, job))).collect();
-    let report = guest_output(session, &script(&runs, time), time * u32::try_from(runs.len()).unwrap());
+    let report = guest_output(session, &script(&runs, time), time * u32::try_from(runs.len()).unwrap())?;
     // Warnings come before it.
     let report: Value = serde_json::from_str(&report[report.find('{').unwrap_or(0)..])
         .unwrap_or_else(|error| panic!("fio: {error}:\n{report}"));
     let jobs = report["jobs"].as_array().unwrap();
     assert_eq!(jobs.len(), runs.len(), "{report:#}");
     let results = runs.into_iter().zip(jobs);
-    results.map(|((disk, job), report)| (disk, job, figure(job, report))).collect()
+    Ok(results.map(|((disk, job), report)| (disk, job, figure(job, report))).collect())
 }
 
 fn figure(job: Job, report: &Value) -> f64 {
@@ -72,9 +72,9 @@ fn script(runs: &[(&str, Job)], time: Duration) -> String {
 }
 
 /// Standard output of a script that must succeed.
-fn guest_output(session: &mut GuestSession, script: &str, time: Duration) -> String {
+fn guest_output(session: &mut GuestSession, script: &str, time: Duration) -> Result<String, String> {
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-    let request = ExecRequest { timeout: Some(LIMIT + 2 * time), ..ExecRequest::shell(script) };
+    let request = ExecRequest { timeout: Some(LIMIT / 2 + 2 * time), ..ExecRequest::shell(script) };
     let status = exec(session, &request, &mut |output| {
         match output {
             Output::Bytes(Stream::Stdout, bytes) => stdout.extend_from_slice(bytes),
@@ -83,8 +83,10 @@ fn guest_output(session: &mut GuestSession, script: &str, time: Duration) -> Str
         }
         Ok(())
     })
-    .unwrap();
+    .map_err(|error| format!("fio: {error}"))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert_eq!(status.code(), 0, "fio in the guest:\n{}\n{}", text(&stdout), text(&stderr));
-    text(&stdout)
+    match status.code() {
+        0 => Ok(text(&stdout)),
+        code => Err(format!("fio: exit status {code}\n{}\n{}", text(&stdout), text(&stderr))),
+    }
 }

@@ -119,7 +119,8 @@ fn main() -> ExitCode {
     drop(rounds);
     let facts = facts::gather(&args);
     print!("{}", figures.table());
-    let json = serde_json::json!({ "facts": facts, "figures": figures.json() });
+    let json =
+        serde_json::json!({ "facts": facts, "figures": figures.json(), "failures": figures.failures() });
     fs::create_dir_all(args.output.parent().unwrap()).unwrap();
     fs::write(&args.output, format!("{json:#}\n")).unwrap();
     eprintln!("bench: {}", args.output.display());

@@ -19,6 +19,8 @@ const CMDLINE: &str = "console=hvc0 8250.nr_uarts=0 quiet loglevel=3 reboot=k pa
                        i8042.nopnp i8042.dumbkbd cryptomgr.notests random.trust_cpu=on tsc=reliable no_timer_check";
 const EARLY_CMDLINE: &str = "earlyprintk=serial,ttyS0,115200 console=ttyS0 panic=-1 pci=off";
 const PINGS: u32 = 1000;
+/// Runs until one succeeds.
+const ATTEMPTS: u32 = 3;
 const DISK_SIZE: u64 = 256 << 20;
 
 /// Everything for the measurements; its directory goes with it.
@@ -68,8 +70,9 @@ impl<'a> Rounds<'a> {
         };
         each_round("payload", rounds, &[Side::Tarn, Side::Qemu], |side, figures| {
             let mut vm = self.host().start(vmm(side), &guest);
-            figures.add("payload: start to first byte", ("ms", Lower), side, ms(vm.first_byte()));
+            figures.add("payload: start to first byte", ("ms", Lower), side, ms(vm.first_byte()?));
             figures.add("payload: memory beyond RAM", ("MiB", Lower), side, beyond_ram(&vm));
+            Ok(())
         })
     }
 
@@ -78,7 +81,8 @@ impl<'a> Rounds<'a> {
         let guest = Guest { serial: true, ..self.booting(self.initrd(), EARLY_CMDLINE) };
         each_round("kernel", rounds, &[Side::Tarn, Side::Qemu], |side, figures| {
             let mut vm = self.host().start(vmm(side), &guest);
-            figures.add("kernel: start to first byte", ("ms", Lower), side, ms(vm.first_byte()));
+            figures.add("kernel: start to first byte", ("ms", Lower), side, ms(vm.first_byte()?));
+            Ok(())
         })
     }
 
@@ -93,16 +97,17 @@ impl<'a> Rounds<'a> {
             }
             self.booting(both, &format!("{CMDLINE} tarn.agent=/usr/sbin/qemu-ga,-t,/run"))
         });
-        let measure = |side: Side, guest: &Guest, figures: &mut Figures| {
+        let measure = |side: Side, guest: &Guest, figures: &mut Figures| -> Result<(), String> {
             let mut vm = self.host().start(vmm(side), guest);
-            let mut agent = Agent::wait(&mut vm);
+            let mut agent = Agent::wait(&mut vm)?;
             figures.add("agent: start to first answer", ("ms", Lower), side, ms(agent.up));
             figures.add("agent: memory beyond RAM", ("MiB", Lower), side, beyond_ram(&vm));
-            let mut pings: Vec<_> = (0..PINGS).map(|_| agent.ping()).collect();
+            let mut pings = (0..PINGS).map(|_| agent.ping()).collect::<Result<Vec<_>, _>>()?;
             pings.sort();
             let percentile = |percent: usize| ms(pings[pings.len() * percent / 100]) * 1000.0;
             figures.add("agent: ping, median", ("µs", Lower), side, percentile(50));
             figures.add("agent: ping, 99th percentile", ("µs", Lower), side, percentile(99));
+            Ok(())
         };
         let mut sides = vec![Side::Tarn, Side::Qemu];
         sides.extend(theirs.is_some().then_some(Side::QemuGa));
@@ -129,12 +134,13 @@ impl<'a> Rounds<'a> {
         let time = Duration::from_millis(if self.args.quick { 500 } else { 2000 });
         each_round("disk", rounds, &[Side::Tarn, Side::Qemu], |side, figures| {
             let mut vm = self.host().start(vmm(side), &guest);
-            drop(Agent::wait(&mut vm));
-            let mut session = GuestSession::connect(&vm.agent_socket).unwrap();
-            for (disk, job, figure) in fio::run(&mut session, &measured, time) {
+            drop(Agent::wait(&mut vm)?);
+            let mut session = GuestSession::connect(&vm.agent_socket).map_err(|error| error.to_string())?;
+            for (disk, job, figure) in fio::run(&mut session, &measured, time)? {
                 let unit = if job.sequential { "MiB/s" } else { "IOPS" };
                 figures.add(&format!("disk: {disk}, {}", job.name), (unit, Higher), side, figure);
             }
+            Ok(())
         })
     }
 
@@ -163,22 +169,32 @@ fn vmm(side: Side) -> Vmm {
     }
 }
 
-/// One round that does not count, then `rounds` that do; the sides take turns at being first.
+/// One round that does not count, then `rounds` that do; the sides take turns at being first. A run that failed is
+/// told of, and tried again.
 fn each_round(
     what: &str,
     rounds: u32,
     sides: &[Side],
-    mut measure: impl FnMut(Side, &mut Figures),
+    mut measure: impl FnMut(Side, &mut Figures) -> Result<(), String>,
 ) -> Figures {
     let mut figures = Figures::default();
     for round in 0..=rounds {
         for turn in 0..sides.len() {
             let side = sides[(turn + round as usize) % sides.len()];
-            eprintln!("bench: {what}, round {round} of {rounds}, {side:?}");
-            measure(side, &mut figures);
-        }
-        if round == 0 {
-            figures = Figures::default();
+            for _ in 0..ATTEMPTS {
+                eprintln!("bench: {what}, round {round} of {rounds}, {side:?}");
+                let mut samples = Figures::default();
+                match measure(side, &mut samples) {
+                    Ok(()) if round == 0 => {}
+                    Ok(()) => figures.append(samples),
+                    Err(error) => {
+                        eprintln!("bench: {error}");
+                        figures.failed(format!("{what}, {side:?}: {error}"));
+                        continue;
+                    }
+                }
+                break;
+            }
         }
     }
     figures
