@@ -146,6 +146,13 @@ pub struct Engine {
     free: Vec<u32>,
     /// An exclusive task is in flight.
     exclusive: bool,
+    /// Who waits for the sync in flight: at most one at a time, because Linux tells a writeback error to one caller only,
+    /// and whoever else synced at that moment would be told that all is well.
+    syncing: Vec<u64>,
+    /// Who waits for the next one: flushes, and writes of a writethrough disk.
+    sync_due: Vec<u64>,
+    /// Writes are done only when they were synced (writethrough through the page cache).
+    sync_writes: bool,
     waiting: VecDeque<Slot>,
     done: Vec<Completion>,
     /// Kept for its memory.
@@ -177,10 +184,11 @@ impl Engine {
         let target = Target {
             fd: disk.file().as_raw_fd(),
             geometry: *disk.geometry(),
-            durable: disk.cache() == Cache::Writethrough,
+            durable: disk.cache() == Cache::Writethrough && disk.is_direct(),
             lacks: Lacks::default(),
             lost: None,
         };
+        let sync_writes = disk.cache() == Cache::Writethrough && !disk.is_direct();
         Ok(Self {
             kind,
             disk,
@@ -189,6 +197,9 @@ impl Engine {
             slots: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
             exclusive: false,
+            syncing: Vec::new(),
+            sync_due: Vec::new(),
+            sync_writes,
             waiting: VecDeque::new(),
             done: Vec::new(),
             results: Vec::new(),
@@ -217,7 +228,9 @@ impl Engine {
 
     /// Operations queued whose completions were not reaped.
     pub fn in_flight(&self) -> usize {
-        self.active() + self.waiting.len() + self.done.len()
+        // Many may ride on the one sync.
+        let calls = self.active() - usize::from(!self.syncing.is_empty());
+        calls + self.syncing.len() + self.sync_due.len() + self.waiting.len() + self.done.len()
     }
 
     /// Takes an operation, which starts at the next [`Self::submit`]. It always completes: what is out
@@ -230,6 +243,10 @@ impl Engine {
     /// out the completion, or the engine was dropped.
     pub unsafe fn queue(&mut self, token: u64, operation: Operation) {
         match self.check(operation) {
+            Ok(Some(Task::Sync)) => {
+                self.sync_due.push(token);
+                self.dispatch();
+            }
             Ok(Some(task)) => {
                 self.waiting.push_back(Slot { token, task });
                 self.dispatch();
@@ -306,10 +323,7 @@ impl Engine {
             }
             Operation::Flush => {
                 let void = self.disk.cache() == Cache::Unsafe || self.disk.is_read_only();
-                match self.target.lost {
-                    Some(errno) => Err(errno),
-                    None => Ok((!void).then_some(Task::Sync)),
-                }
+                Ok((!void).then_some(Task::Sync))
             }
             Operation::Discard { offset, length } => {
                 writable()?;
@@ -335,8 +349,26 @@ impl Engine {
         useful.then(|| Task::Discard { offset: start, length: end - start, synced: false })
     }
 
+    /// Starts the next sync, for all who wait for one; what they want synced is complete. After one has failed there are no
+    /// more: the data is gone, so all are told so, with the error that says nothing but that.
+    fn dispatch_sync(&mut self) {
+        if self.target.lost.is_some() {
+            let result = Err(Errno::new(libc::EIO));
+            self.done.extend(self.sync_due.drain(..).map(|token| Completion { token, result }));
+        }
+        if self.exclusive || !self.syncing.is_empty() || self.sync_due.is_empty() {
+            return;
+        }
+        if let Some(index) = self.free.pop() {
+            self.syncing = std::mem::take(&mut self.sync_due);
+            self.slots[index as usize] = Some(Slot { token: 0, task: Task::Sync });
+            self.call(index);
+        }
+    }
+
     /// Fills free slots from the waiting line, in order.
     fn dispatch(&mut self) {
+        self.dispatch_sync();
         while !self.exclusive
             && let Some(next) = self.waiting.front()
             && let Some(&index) = self.free.last()
@@ -368,7 +400,16 @@ impl Engine {
         match slot.task.advance(&mut self.target, result) {
             Progress::Next => self.call(index),
             Progress::Done(result) => {
-                self.done.push(Completion { token: slot.token, result });
+                match &slot.task {
+                    Task::Sync => {
+                        let synced = self.syncing.drain(..);
+                        self.done.extend(synced.map(|token| Completion { token, result }));
+                    }
+                    task if self.sync_writes && task.is_write() && result.is_ok() => {
+                        self.sync_due.push(slot.token);
+                    }
+                    _ => self.done.push(Completion { token: slot.token, result }),
+                }
                 self.slots[index as usize] = None;
                 self.free.push(index);
                 // An exclusive task was the only one.
@@ -395,6 +436,12 @@ impl Drop for Engine {
             }
             self.results = results;
             broken = self.backend.submit().is_err();
+        }
+        if self.active() > 0 {
+            // The kernel may still read and write the callers' memory, and nobody can tell until when: to go on would be to
+            // give that memory to somebody else.
+            eprintln!("Disk I/O is under way that can neither be finished nor stopped; ending the process");
+            std::process::abort();
         }
     }
 }

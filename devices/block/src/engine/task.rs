@@ -31,7 +31,7 @@ const MAX_RETRIES: u32 = 128;
 pub(super) struct Target {
     pub(super) fd: RawFd,
     pub(super) geometry: Geometry,
-    /// Writes are durable when they complete.
+    /// Writes are durable when the call is done (writethrough with direct I/O).
     pub(super) durable: bool,
     /// The calls the host has refused as unsupported before.
     pub(super) lacks: Lacks,
@@ -99,6 +99,16 @@ impl Task {
             Self::Bounce(bounce) => bounce.user.write && ragged(bounce.user.offset, bounce.user.left),
             Self::Zeroes(zeroes) => ragged(zeroes.offset, zeroes.left),
             Self::Transfer(_) | Self::Sync | Self::Discard { .. } => false,
+        }
+    }
+
+    /// Whether it changes the image.
+    pub(super) fn is_write(&self) -> bool {
+        match self {
+            Self::Transfer(transfer) => transfer.write,
+            Self::Bounce(bounce) => bounce.user.write,
+            Self::Discard { .. } | Self::Zeroes(_) => true,
+            Self::Sync => false,
         }
     }
 

@@ -262,6 +262,37 @@ fn a_flush_that_failed_is_not_forgotten_where_the_page_cache_may_have_lost_data(
 }
 
 #[test]
+fn one_sync_at_a_time_so_that_no_other_swallows_its_error() {
+    for kind in kinds() {
+        let image = image(MIB);
+        let mut rig = Rig::new(kind, &image, |_| {});
+        for (fault, expected) in [(None, Ok(())), (Some(libc::ENOSPC), errno(libc::EIO))] {
+            if let Some(code) = fault {
+                rig.faults.inject(CallKind::Sync, Fault::Error(code), 1);
+            }
+            rig.faults.hold();
+            let first = rig.queue(Operation::Flush);
+            rig.engine.submit().unwrap();
+            // Both wait for the first, and share the next.
+            let others = [rig.queue(Operation::Flush), rig.queue(Operation::Flush)];
+            rig.engine.submit().unwrap();
+            assert_eq!(rig.engine.in_flight(), 3);
+            rig.faults.release();
+            let mut completions = rig.finish();
+            completions.sort_by_key(|completion| completion.token);
+            let told: Vec<_> =
+                completions.iter().map(|completion| (completion.token, completion.result)).collect();
+            let first_told = fault.map_or(Ok(()), errno);
+            assert_eq!(told, [(first, first_told), (others[0], expected), (others[1], expected)]);
+            assert_eq!(rig.engine.in_flight(), 0);
+            // After a failure nobody asks the kernel again: it has forgotten.
+            let syncs = if fault.is_some() { 1 } else { 2 };
+            assert_eq!(rig.faults.take_log(), vec![CallKind::Sync; syncs]);
+        }
+    }
+}
+
+#[test]
 fn no_offset_or_length_panics_or_grows_the_image() {
     for kind in kinds() {
         let image = image(MIB);
@@ -321,7 +352,7 @@ fn writethrough_is_durable_without_a_flush_and_unsafe_never() {
         assert_eq!(rig.write(0, &mut [7; 512]), Ok(()));
         assert_eq!(rig.run(Operation::Discard { offset: 0, length: 4096 }), Ok(()));
         let log = rig.faults.take_log();
-        assert_eq!(log, [CallKind::DurableWrite, CallKind::PunchHole, CallKind::Sync]);
+        assert_eq!(log, [CallKind::Write, CallKind::Sync, CallKind::PunchHole, CallKind::Sync]);
         assert_eq!(rig.run(Operation::WriteZeroes { offset: 0, length: 4096, unmap: true }), Ok(()));
         assert_eq!(rig.faults.take_log(), [CallKind::PunchHole, CallKind::Sync]);
         drop(rig);

@@ -154,7 +154,11 @@ impl Backend for Uring {
             pool.submit()?;
             self.poll_pool();
         }
-        if std::mem::take(&mut self.unsubmitted) { self.enter() } else { Ok(()) }
+        if self.unsubmitted {
+            self.enter()?;
+            self.unsubmitted = false;
+        }
+        Ok(())
     }
 
     fn reap(&mut self, results: &mut Vec<(u32, i32)>) {

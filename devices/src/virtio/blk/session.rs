@@ -72,6 +72,8 @@ pub(super) struct Session {
     free: Vec<usize>,
     /// Failed, to be tried again.
     held: Vec<InFlight>,
+    /// The driver has reset the device; what is in flight is only waited for.
+    leaving: bool,
     sequence: u64,
     /// The driver broke the rules: nothing is served any more.
     broken: bool,
@@ -93,6 +95,7 @@ impl Session {
             requests: Vec::new(),
             free: Vec::new(),
             held: Vec::new(),
+            leaving: false,
             sequence: 0,
             broken: false,
         }
@@ -239,10 +242,13 @@ impl Session {
                     DiskOperation::Read => host.read_policy,
                     DiskOperation::Write | DiskOperation::Flush | DiskOperation::Discard => host.write_policy,
                 };
-                let action = policy.action(errno);
+                // A driver that has gone waits for nothing, and the VM does not stop for it.
+                let action = if self.leaving { ErrorAction::Report } else { policy.action(errno) };
                 let nospace = errno.is_no_space();
                 let disk = Arc::clone(host.disk);
-                host.events.send(DiskEvent::IoError { disk, operation, action, nospace, errno, sector });
+                if !self.leaving {
+                    host.events.send(DiskEvent::IoError { disk, operation, action, nospace, errno, sector });
+                }
                 match action {
                     ErrorAction::Stop => {
                         self.held.push(request);
@@ -312,6 +318,7 @@ impl Session {
     /// The driver has reset the device: it does not wait for them any more.
     pub(super) fn forget_held(&mut self) {
         self.held.clear();
+        self.leaving = true;
     }
 
     fn violated(&mut self, violation: &Violation) {

@@ -66,7 +66,12 @@ impl From<u64> for Token {
 enum Waiter {
     Pause(Reply<()>),
     Deactivate(Reply<()>),
-    Resize { size: Option<u64>, reply: Reply<u64> },
+    /// The next machine is there before the last one's I/O is over.
+    Activate(Box<Session>, Reply<()>),
+    Resize {
+        size: Option<u64>,
+        reply: Reply<u64>,
+    },
 }
 
 /// A worker to be.
@@ -237,7 +242,12 @@ impl Running {
         // Whoever has given up waiting for a reply does not get it.
         match command {
             Command::Activate { owner, activation, reply } => {
-                let _ = reply.send(self.activate(Session::new(owner, activation)));
+                let session = Session::new(owner, activation);
+                if self.waiters.iter().any(|waiter| matches!(waiter, Waiter::Deactivate(_))) {
+                    self.waiters.push(Waiter::Activate(Box::new(session), reply));
+                } else {
+                    let _ = reply.send(self.activate(session));
+                }
             }
             Command::Deactivate { owner, reply } => match &mut self.session {
                 Some(session) if session.owner() == owner => {
@@ -326,6 +336,9 @@ impl Running {
                         self.unwatch(&session);
                     }
                     let _ = reply.send(Ok(()));
+                }
+                Waiter::Activate(session, reply) => {
+                    let _ = reply.send(self.activate(*session));
                 }
                 Waiter::Resize { size, reply } => {
                     let _ = reply.send(self.resize(size));

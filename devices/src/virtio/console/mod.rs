@@ -426,7 +426,14 @@ impl State {
         };
         let has_size = *resizable && *size != Size::default();
         queue.disable_doorbell()?;
-        for _ in 0..CONTROL_BUDGET {
+        let mut budget = CONTROL_BUDGET;
+        loop {
+            if budget == 0 {
+                // There may be more to say and room for it: in another turn.
+                queue.ring();
+                break;
+            }
+            budget -= 1;
             let next = (0u32..).zip(ports.iter_mut()).find_map(|(id, port)| {
                 let message = port.control.pending(has_size)?;
                 Some((id, port, message))
