@@ -50,6 +50,9 @@ fi
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 busybox="$here/busybox"
 mkdir -p /dev/pts /dev/shm
+for link in fd: stdin:/0 stdout:/1 stderr:/2; do
+    ln -sfn "/proc/self/fd${link#*:}" "/dev/${link%%:*}"
+done
 "$busybox" mount -t devpts -o mode=620,ptmxmode=666,gid=5 devpts /dev/pts
 "$busybox" mount -t tmpfs -o mode=1777 shm /dev/shm
 "$busybox" mount -t cgroup2 cgroup2 /sys/fs/cgroup
