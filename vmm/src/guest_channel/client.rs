@@ -14,8 +14,6 @@ const LIMITS: Limits = Limits { message_bytes: 64 << 20, depth: 128, tokens: 256
 const LARGE: usize = 1 << 20;
 /// Unsent output beyond which the client's next request waits.
 const OUTPUT_PAUSE: usize = 64 << 10;
-/// Read at once.
-const CHUNK: usize = 64 << 10;
 /// How long a client may neither go on with a large request nor take any of its output.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -32,6 +30,8 @@ pub(super) struct AgentClient {
     asked: Option<Asked>,
     /// When bytes last moved, in either direction.
     moved: Instant,
+    /// It has sent more before it had its answer.
+    hurried: bool,
     /// The client sends no more.
     ended: bool,
     lost: bool,
@@ -53,18 +53,19 @@ impl AgentClient {
             unfinished: 0,
             asked: None,
             moved: now,
+            hurried: false,
             ended: false,
             lost: false,
         }
     }
 
-    /// Reads once; `permit` to go on with a large request.
-    pub(super) fn read(&mut self, permit: bool, now: Instant) {
+    /// Reads once, by way of `buffer`; `permit` to go on with a large request.
+    pub(super) fn read(&mut self, permit: bool, buffer: &mut [u8], now: Instant) {
         if !self.is_reading(permit) {
+            self.hurried = true;
             return;
         }
-        let mut buffer = vec![0; CHUNK];
-        match self.connection.receive_bytes(&mut buffer) {
+        match self.connection.receive_bytes(buffer) {
             Received::Data(length) => {
                 self.decoder.feed(&buffer[..length]);
                 self.unfinished += length;
@@ -196,7 +197,11 @@ impl AgentClient {
         // Input that is already here is served once there is room for the answers.
         let backlog = self.is_serving() && self.decoder.unread_bytes() > 0;
         let write = backlog || self.connection.queued() > 0;
-        self.connection.watch(token, Interest { read: self.is_reading(permit), write }, watch);
+        let reading = self.is_reading(permit);
+        self.hurried &= !reading;
+        // Few clients send more before they have their answer: the loop is told not to look when one does.
+        let read = reading || (self.asked.is_some() && !self.hurried && !self.ended);
+        self.connection.watch(token, Interest { read, write }, watch);
     }
 
     pub(super) fn close(self, watch: &mut dyn Watch) {

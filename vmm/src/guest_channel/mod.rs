@@ -50,6 +50,8 @@ use crate::socket::{Listener, SocketError};
 
 /// Clients of the socket at a time; more are turned away.
 const CLIENTS_MAX: usize = 64;
+/// Read from a client at once.
+const CHUNK: usize = 64 << 10;
 /// Answers that clients have not taken, in bytes over all clients.
 const OUTPUT_TOTAL: usize = 160 << 20;
 
@@ -141,6 +143,8 @@ pub struct GuestChannel {
     /// The client that may send a large request, until that is answered.
     permit: Option<u64>,
     relayed: Vec<(u64, Result<Value, Error>)>,
+    /// What was read last; kept for its memory.
+    buffer: Box<[u8]>,
 }
 
 impl GuestChannel {
@@ -160,6 +164,7 @@ impl GuestChannel {
             clients_ever: 0,
             permit: None,
             relayed: Vec::new(),
+            buffer: vec![0; CHUNK].into(),
         })
     }
 
@@ -291,7 +296,7 @@ impl GuestChannel {
             client.flush(now);
         }
         if ready.readable || ready.hung_up {
-            client.read(self.permit.is_none_or(|holder| holder == client.number), now);
+            client.read(self.permit.is_none_or(|holder| holder == client.number), &mut self.buffer, now);
         }
         self.serve(slot, now);
         if let Some(Some(client)) = self.clients.get_mut(slot)

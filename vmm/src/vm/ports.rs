@@ -210,7 +210,7 @@ impl PortHosts {
         while self.wants(port) {
             let len = console.read(port, &mut self.buffer);
             if len == 0 {
-                return;
+                break;
             }
             let bytes = &self.buffer[..len];
             match port {
@@ -220,9 +220,11 @@ impl PortHosts {
             }
             moved += len;
             if moved >= TURN_MAX {
-                return console.ring(port);
+                console.ring(port);
+                break;
             }
         }
+        console.announce(port);
     }
 
     fn wants(&self, port: usize) -> bool {

@@ -234,12 +234,18 @@ impl ConsoleHandle {
     ///
     /// Returns the number of bytes. Only after 0 (for a `target` that is not empty) does the next
     /// [`PortEvent::Readable`] come; who stops before, for example because the host end is full, calls again by
-    /// itself, or asks for another event by [`Self::ring`].
+    /// itself, or asks for another event by [`Self::ring`]. Either way [`Self::announce`] comes last.
     pub fn read(&self, port: usize, target: &mut [u8]) -> usize {
         if target.is_empty() {
             return 0;
         }
-        self.on_port(port, |port, interrupt| port.read(interrupt, target)).unwrap_or(0)
+        self.on_port(port, |port, _| port.read(target)).unwrap_or(0)
+    }
+
+    /// Tells the guest of the buffers that it got back from [`Self::read`], if it wants to hear of them: call it when
+    /// what was read has been handled. Linux waits for its buffer in a loop, and has seen it by then: no interrupt.
+    pub fn announce(&self, port: usize) {
+        self.on_port(port, Port::announce);
     }
 
     /// Throws away all that the guest has sent through `port`. A guest that sends faster than one bounded call can

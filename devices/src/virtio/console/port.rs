@@ -63,21 +63,27 @@ impl Port {
     }
 
     /// Copies out what the guest has sent. 0 when there is nothing: then the doorbell will ring.
-    pub(super) fn read(&mut self, interrupt: &Interrupt, target: &mut [u8]) -> Result<usize, Violation> {
+    pub(super) fn read(&mut self, target: &mut [u8]) -> Result<usize, Violation> {
         let mut done = 0;
-        self.consume(interrupt, |queue, chain| {
+        self.consume(|queue, chain| {
             done += chain.readable.read(queue.memory(), &mut target[done..])?;
             Ok(done < target.len())
         })?;
         Ok(done)
     }
 
+    /// Tells the guest of the buffers that were read to the end.
+    pub(super) fn announce(&mut self, interrupt: &Interrupt) -> Result<(), Violation> {
+        self.tx.as_mut().map_or(Ok(()), |tx| tx.notify(interrupt))
+    }
+
     /// Throws away what the guest has sent, as far as one call goes: the doorbell rings for the rest.
     pub(super) fn discard(&mut self, interrupt: &Interrupt) -> Result<(), Violation> {
-        let more = self.consume(interrupt, |_, chain| {
+        let more = self.consume(|_, chain| {
             chain.readable = Default::default();
             Ok(true)
         })?;
+        self.announce(interrupt)?;
         if more {
             self.ring();
         }
@@ -88,7 +94,6 @@ impl Port {
     /// left of it, and is kept otherwise. Returns whether there may be more.
     fn consume(
         &mut self,
-        interrupt: &Interrupt,
         mut take: impl FnMut(&Virtqueue, &mut Chain) -> Result<bool, Violation>,
     ) -> Result<bool, Violation> {
         let Some(tx) = &mut self.tx else { return Ok(false) };
@@ -117,7 +122,6 @@ impl Port {
                 self.partial = Some(chain);
             }
         }
-        tx.notify(interrupt)?;
         Ok(more)
     }
 

@@ -198,6 +198,8 @@ fn what_the_guest_sends_is_read_in_any_portions() {
         assert_eq!(rig.driver.drain_used(AGENT_TX), []);
         let before = rig.driver.line().count();
         assert_eq!(rig.read_all(AGENT, 5), b"ecute\":1}\n");
+        assert_eq!(rig.driver.line().count(), before, "the guest hears of it when it has been handled");
+        rig.handle.announce(AGENT);
         assert!(rig.driver.line().count() > before);
         assert_eq!(rig.driver.drain_used(AGENT_TX).len(), 2);
         assert_eq!(rig.turn(), []);
