@@ -16,6 +16,7 @@ mod bad_input;
 mod boot;
 mod cli;
 mod clients;
+mod console;
 mod disks;
 mod harness;
 mod monitor;
