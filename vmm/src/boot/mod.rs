@@ -174,8 +174,8 @@ impl BootFiles {
     ) -> Result<(Entry, u64, u64, Option<setup_header>), BootError> {
         let fail =
             |reason: String| BootError::Load { path: self.path.clone(), memory_mib: size >> 20, reason };
-        let mut file = &self.kernel;
-        let mut file = file.by_ref_clone().map_err(|source| self.unreadable(source))?;
+        // linux-loader seeks and wants it mutable.
+        let mut file = self.kernel.try_clone().map_err(|source| self.unreadable(source))?;
         match &self.kind {
             KernelKind::BzImage(header) => {
                 let need = header.pref_address.saturating_add(u64::from(header.init_size));
@@ -208,17 +208,6 @@ impl BootFiles {
 
     fn unreadable(&self, source: io::Error) -> BootError {
         BootError::Read { what: "kernel", path: self.path.clone(), source }
-    }
-}
-
-/// linux-loader seeks; a duplicate of the descriptor keeps `load` usable through a shared reference.
-trait ByRefClone {
-    fn by_ref_clone(&mut self) -> io::Result<File>;
-}
-
-impl ByRefClone for &File {
-    fn by_ref_clone(&mut self) -> io::Result<File> {
-        self.try_clone()
     }
 }
 

@@ -107,7 +107,7 @@ impl VcpuHandle {
         let (id_sender, id) = mpsc::channel();
         let body = move || {
             // The receiver waits below for exactly this.
-            let _ = id_sender.send(vmm_thread_id());
+            let _ = id_sender.send(thread::gettid());
             let (commands, acks) = (receiver, ack);
             thread::VcpuThread { index, fd, buses, commands, acks, events, ran: false, crash_told: false }
                 .run();
@@ -176,10 +176,6 @@ impl Drop for VcpuHandle {
             tracing::error!(index = self.index, "vCPU thread does not end; leaving it behind");
         }
     }
-}
-
-fn vmm_thread_id() -> libc::pid_t {
-    thread::gettid()
 }
 
 /// Sends `command` to all of `vcpus`, then waits for all: as long as the slowest, not as the sum.
