@@ -1,137 +1,99 @@
-//! From a decoded message to the bytes of its reply.
+//! From a decoded message to a command, and from its result to the bytes of the reply.
 
-use std::path::Path;
-use std::rc::Rc;
-
-use protocol::{Args, Dialect, Error, Item, Request, Response};
+use protocol::{Dialect, Error, Item, Request, Response};
 use serde_json::{Value, json};
 
-use crate::commands::exec::Children;
-use crate::commands::file::Files;
-use crate::commands::{exec, file, fsfreeze, shutdown, system};
-use crate::freeze::{Freezer, Linux};
-use crate::log;
-use crate::poller::Poller;
+use crate::access::Access;
+use crate::commands;
+use crate::schema::Command;
 
-/// What the commands work on.
-pub(crate) struct Guest {
-    pub(crate) files: Files,
-    pub(crate) children: Children,
-    pub(crate) freezer: Freezer<Linux>,
-}
-
-/// A command's code. `Err` is the complete error reply.
-type Handler = fn(&mut Guest, Args) -> Result<Value, Error>;
-
-/// A command, declared once.
-struct Command {
-    name: &'static str,
-    handler: Handler,
-    /// Whether it may run while filesystems are frozen: only if it can neither write to a disk nor
-    /// wait for somebody who does.
-    while_frozen: bool,
-    /// Whether success is answered at all.
-    success_response: bool,
-    /// Whether 0xFF precedes a successful reply.
-    marked: bool,
-}
-
-/// Every command; `guest-info` lists them in this order.
-const COMMANDS: &[Command] = &[
-    command("guest-get-osinfo", system::get_osinfo),
-    command("guest-get-host-name", system::get_host_name),
-    command("guest-get-time", system::get_time),
-    command("guest-exec", exec::exec),
-    command("guest-exec-status", exec::exec_status),
-    command("guest-fsfreeze-freeze", fsfreeze::freeze),
-    command("guest-fsfreeze-thaw", fsfreeze::thaw).while_frozen(),
-    command("guest-fsfreeze-status", fsfreeze::status).while_frozen(),
-    command("guest-file-open", file::open),
-    command("guest-file-close", file::close),
-    command("guest-file-read", file::read),
-    command("guest-file-write", file::write),
-    command("guest-file-seek", file::seek),
-    command("guest-file-flush", file::flush),
-    command("guest-shutdown", shutdown::shutdown).without_success_response(),
-    command("guest-info", info).while_frozen(),
-    command("guest-ping", ping).while_frozen(),
-    command("guest-sync", sync).while_frozen(),
-    command("guest-sync-delimited", sync).while_frozen().marked(),
+/// Every family of commands; `guest-info` lists them in this order.
+const FAMILIES: &[&[Command]] = &[
+    commands::system::COMMANDS,
+    commands::exec::COMMANDS,
+    commands::fsfreeze::COMMANDS,
+    commands::file::COMMANDS,
+    commands::shutdown::COMMANDS,
+    commands::session::COMMANDS,
 ];
 
-const fn command(name: &'static str, handler: Handler) -> Command {
-    Command { name, handler, while_frozen: false, success_response: true, marked: false }
+/// Every command.
+pub(crate) fn all() -> impl Iterator<Item = &'static Command> {
+    FAMILIES.iter().copied().flatten()
 }
 
-impl Command {
-    const fn while_frozen(self) -> Self {
-        Self { while_frozen: true, ..self }
-    }
-
-    const fn without_success_response(self) -> Self {
-        Self { success_response: false, ..self }
-    }
-
-    const fn marked(self) -> Self {
-        Self { marked: true, ..self }
-    }
+/// The schema document: every command, its arguments and results, and when it may run.
+pub(crate) fn schema() -> Value {
+    json!({"commands": all().map(Command::document).collect::<Vec<_>>()})
 }
 
-impl Guest {
-    pub(crate) fn new(statedir: &Path, poller: Rc<Poller>) -> Self {
-        Self {
-            files: Files::new(statedir),
-            children: Children::new(poller),
-            freezer: Freezer::new(Linux, statedir),
+/// What a peer sent, as far as it concerns the agent.
+#[derive(Debug)]
+pub(crate) enum Incoming {
+    /// 0xFF: the peer starts anew.
+    Sentinel,
+    /// Nothing that can be carried out; this is the reply.
+    Refused(Vec<u8>),
+    Request(Request),
+}
+
+impl Incoming {
+    pub(crate) fn parse(item: Item) -> Self {
+        match item {
+            Item::Value(message) => match Request::parse(message, Dialect::Agent) {
+                Ok(request) => Self::Request(request),
+                Err(refusal) => Self::Refused(line(&refusal, false)),
+            },
+            Item::Sentinel => Self::Sentinel,
+            Item::Error(error) => Self::Refused(line(&Response::error(error, None), false)),
         }
     }
 
-    /// The reply to one item, newline included; `None` if there is none to be sent.
-    pub(crate) fn answer(&mut self, item: Item) -> Option<Vec<u8>> {
-        let message = match item {
-            Item::Value(message) => message,
-            Item::Sentinel => return None,
-            Item::Error(error) => return Some(line(&Response::error(error, None), false)),
-        };
-        let mut request = match Request::parse(message, Dialect::InBand) {
-            Ok(request) => request,
-            Err(refusal) => return Some(line(&refusal, false)),
-        };
-        let args = Args::new(std::mem::take(&mut request.arguments));
-        let (result, quiet, marked) = match self.find(&request.execute) {
-            Ok(command) => {
-                log::debug(format_args!("{}", command.name));
-                let result = (command.handler)(self, args);
-                let success = result.is_ok();
-                (result, success && !command.success_response, success && command.marked)
-            }
-            Err(error) => (Err(error), false, false),
-        };
-        (!quiet).then(|| line(&request.respond(result), marked))
-    }
-
-    /// Thaws what is frozen when nobody is left to ask for it.
-    pub(crate) fn thaw_for_nobody(&mut self, why: &str) {
-        if self.freezer.is_frozen() {
-            log::warning(format_args!("Thawing: {why}"));
-            if let Err(error) = fsfreeze::thaw_now(self) {
-                log::error(format_args!("Cannot thaw: {error}"));
+    /// Whether the peer says by it that it does not wait for earlier replies any more: whoever
+    /// synchronises discards what comes before the answer.
+    pub(crate) fn is_fresh_start(&self) -> bool {
+        match self {
+            Self::Sentinel => true,
+            Self::Refused(_) => false,
+            Self::Request(request) => {
+                !request.oob && matches!(request.execute.as_str(), "guest-sync" | "guest-sync-delimited")
             }
         }
     }
 
-    fn find(&self, name: &str) -> Result<&'static Command, Error> {
-        let found = COMMANDS.iter().find(|command| command.name == name);
-        let command = found.ok_or_else(|| Error::command_not_found(name))?;
-        if !self.is_enabled(command) {
-            return Err(Error::command_disabled(name, Some("the command is not allowed")));
-        }
-        Ok(command)
+    pub(crate) fn is_out_of_band(&self) -> bool {
+        matches!(self, Self::Request(request) if request.oob)
     }
+}
 
-    fn is_enabled(&self, command: &Command) -> bool {
-        command.while_frozen || !self.freezer.is_frozen()
+/// The command a request means, if it may run now.
+pub(crate) fn find(request: &Request, access: &Access, frozen: bool) -> Result<&'static Command, Error> {
+    let name = request.execute.as_str();
+    let command = all().find(|command| command.name == name).ok_or_else(|| Error::command_not_found(name))?;
+    if request.oob && !command.out_of_band {
+        return Err(Error::generic(format!("The command {name} does not support OOB")));
     }
+    check_enabled(command, access, frozen)?;
+    Ok(command)
+}
+
+pub(crate) fn check_enabled(command: &Command, access: &Access, frozen: bool) -> Result<(), Error> {
+    if access.permits(command, frozen) {
+        return Ok(());
+    }
+    Err(Error::command_disabled(command.name, Some("the command is not allowed")))
+}
+
+/// The reply to a request, newline included; `None` if there is none to be sent.
+pub(crate) fn reply(
+    command: Option<&Command>,
+    request: Request,
+    result: Result<Value, Error>,
+) -> Option<Vec<u8>> {
+    let success = result.is_ok();
+    let quiet = success && command.is_some_and(|command| !command.success_response);
+    let marked = success && command.is_some_and(|command| command.marked);
+    (!quiet).then(|| line(&request.respond(result), marked))
 }
 
 fn line(response: &Response, marked: bool) -> Vec<u8> {
@@ -143,28 +105,37 @@ fn line(response: &Response, marked: bool) -> Vec<u8> {
     bytes
 }
 
-fn ping(_: &mut Guest, args: Args) -> Result<Value, Error> {
-    args.finish()?;
-    Ok(json!({}))
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::schema::Run;
 
-fn sync(_: &mut Guest, mut args: Args) -> Result<Value, Error> {
-    let id = args.int("id")?;
-    args.finish()?;
-    Ok(id.into())
-}
+    #[test]
+    fn every_name_is_declared_once_and_what_runs_out_of_band_is_prompt() {
+        let mut names: Vec<&str> = all().map(|command| command.name).collect();
+        names.sort_unstable();
+        let count = names.len();
+        names.dedup();
+        assert_eq!(names.len(), count);
+        for command in all() {
+            assert!(!command.out_of_band || matches!(command.run, Run::Prompt(_)), "{}", command.name);
+            assert!(!command.about.is_empty() && !command.about.ends_with('.'), "{}", command.name);
+        }
+    }
 
-fn info(guest: &mut Guest, args: Args) -> Result<Value, Error> {
-    args.finish()?;
-    let supported = COMMANDS.iter().map(|command| {
-        json!({
-            "name": command.name,
-            "enabled": guest.is_enabled(command),
-            "success-response": command.success_response,
-        })
-    });
-    Ok(json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "supported_commands": supported.collect::<Vec<_>>(),
-    }))
+    #[test]
+    fn while_frozen_exactly_these_commands_run() {
+        let mut names: Vec<&str> =
+            all().filter(|command| command.while_frozen).map(|command| command.name).collect();
+        names.sort_unstable();
+        let expected = [
+            "guest-fsfreeze-status",
+            "guest-fsfreeze-thaw",
+            "guest-info",
+            "guest-ping",
+            "guest-sync",
+            "guest-sync-delimited",
+        ];
+        assert_eq!(names, expected);
+    }
 }

@@ -1,15 +1,16 @@
 //! The log. While filesystems are frozen a write to a file, or to a pipe whose reader waits for a
 //! frozen disk, would hang the agent, so lines are held in memory and written after the thaw.
 //!
-//! The agent has one thread; so has its log.
+//! A line is written under the log's lock, so once [`hold`] returns no thread is writing any more.
 
-use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fmt::Arguments;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
 
 /// Lines held while frozen; beyond that the oldest go.
 const HELD_LINES: usize = 256;
@@ -22,53 +23,46 @@ struct Log {
     held: Option<VecDeque<String>>,
 }
 
-thread_local! {
-    static LOG: RefCell<Log> = const { RefCell::new(Log { file: None, verbose: false, held: None }) };
-}
+static LOG: Mutex<Log> = Mutex::new(Log { file: None, verbose: false, held: None });
 
 /// Appends to `path`, or writes to standard error.
 pub(crate) fn start(path: Option<&Path>, verbose: bool) -> io::Result<()> {
     let file = path.map(|path| OpenOptions::new().append(true).create(true).open(path)).transpose()?;
-    LOG.with_borrow_mut(|log| {
-        log.file = file;
-        log.verbose = verbose;
-    });
+    let mut log = LOG.lock();
+    log.file = file;
+    log.verbose = verbose;
     Ok(())
 }
 
 /// Something did not work.
 pub(crate) fn error(text: Arguments<'_>) {
-    LOG.with_borrow_mut(|log| log.line("error", text));
+    LOG.lock().line("error", text);
 }
 
 /// Something is not as it should be, and the agent goes on.
 pub(crate) fn warning(text: Arguments<'_>) {
-    LOG.with_borrow_mut(|log| log.line("warning", text));
+    LOG.lock().line("warning", text);
 }
 
 /// What happens, for those who asked with `--verbose`.
 pub(crate) fn debug(text: Arguments<'_>) {
-    LOG.with_borrow_mut(|log| {
-        if log.verbose {
-            log.line("debug", text);
-        }
-    });
+    let mut log = LOG.lock();
+    if log.verbose {
+        log.line("debug", text);
+    }
 }
 
 /// Starts to hold lines in memory.
 pub(crate) fn hold() {
-    LOG.with_borrow_mut(|log| {
-        log.held.get_or_insert_default();
-    });
+    LOG.lock().held.get_or_insert_default();
 }
 
 /// Writes what was held and goes back to writing at once.
 pub(crate) fn release() {
-    LOG.with_borrow_mut(|log| {
-        for line in log.held.take().unwrap_or_default() {
-            log.write(&line);
-        }
-    });
+    let mut log = LOG.lock();
+    for line in log.held.take().unwrap_or_default() {
+        log.write(&line);
+    }
 }
 
 impl Log {

@@ -15,17 +15,22 @@
 //! is not there) is a descriptor in its epoll, and while nobody is connected it sleeps in the kernel
 //! without a timer. Replies leave in the order of the requests.
 
+mod access;
+mod agent;
 mod channel;
 mod commands;
 mod dispatch;
 mod freeze;
+mod guest;
 mod inheritance;
 mod init;
 mod log;
 mod options;
 mod poller;
+mod schema;
 mod server;
 mod signals;
+mod worker;
 
 use std::process::ExitCode;
 

@@ -4,6 +4,8 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
+use crate::access::Access;
+
 /// How to reach the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Method {
@@ -22,6 +24,7 @@ pub(crate) struct Options {
     /// Standard error if absent.
     pub(crate) logfile: Option<PathBuf>,
     pub(crate) verbose: bool,
+    pub(crate) access: Access,
 }
 
 /// What the command line asks for.
@@ -194,7 +197,7 @@ impl Given {
             (Method::UnixListen, None) => return Err(OptionsError::NoPath),
         };
         let statedir = statedir.unwrap_or_else(|| DEFAULT_STATEDIR.into());
-        Ok(Parsed::Run(Options { method, path, statedir, logfile, verbose }))
+        Ok(Parsed::Run(Options { method, path, statedir, logfile, verbose, access: Access::default() }))
     }
 }
 
@@ -237,6 +240,7 @@ mod tests {
             statedir: "/b".into(),
             logfile: Some("/c".into()),
             verbose: true,
+            access: Access::default(),
         };
         assert_eq!(options("-m unix-listen -p /a -t /b -l /c -v"), expected);
         assert_eq!(options("-munix-listen -p/a -t/b -vl/c"), expected);

@@ -19,8 +19,10 @@ pub(crate) enum Stream {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Token {
     Signals,
-    /// The port, or the connected client.
-    Channel,
+    /// The port, or the client in this seat.
+    Peer(u8),
+    /// A command that ended on the worker.
+    Worker,
     /// The listening socket, or the watch on a port that is absent.
     Waiting,
     Child {
@@ -35,19 +37,21 @@ pub(crate) enum Token {
 pub(crate) struct UnknownToken(u64);
 
 const SIGNALS: u64 = 1;
-const CHANNEL: u64 = 2;
+const PEER: u64 = 2;
 const WAITING: u64 = 3;
 const CHILD_INPUT: u64 = 4;
 const CHILD_OUTPUT: u64 = 5;
 const CHILD_ERROR: u64 = 6;
-/// The kind is below, a child's pid above.
+const WORKER: u64 = 7;
+/// The kind is below, a child's pid or a peer's seat above.
 const KIND_BITS: u32 = 32;
 
 impl From<Token> for u64 {
     fn from(token: Token) -> Self {
         match token {
             Token::Signals => SIGNALS,
-            Token::Channel => CHANNEL,
+            Token::Peer(seat) => Self::from(seat) << KIND_BITS | PEER,
+            Token::Worker => WORKER,
             Token::Waiting => WAITING,
             Token::Child { pid, stream } => {
                 let kind = match stream {
@@ -67,9 +71,11 @@ impl TryFrom<u64> for Token {
     fn try_from(data: u64) -> Result<Self, UnknownToken> {
         let unknown = UnknownToken(data);
         let Ok(pid) = u32::try_from(data >> KIND_BITS) else { return Err(unknown) };
+        let seat = u8::try_from(pid);
         match data & u64::from(u32::MAX) {
             SIGNALS => Ok(Self::Signals),
-            CHANNEL => Ok(Self::Channel),
+            PEER => seat.map(Self::Peer).map_err(|_| UnknownToken(data)),
+            WORKER => Ok(Self::Worker),
             WAITING => Ok(Self::Waiting),
             CHILD_INPUT => Ok(Self::Child { pid, stream: Stream::Input }),
             CHILD_OUTPUT => Ok(Self::Child { pid, stream: Stream::Output }),
@@ -163,7 +169,9 @@ mod tests {
         let child = |stream| Token::Child { pid: u32::MAX, stream };
         let all = [
             Token::Signals,
-            Token::Channel,
+            Token::Peer(0),
+            Token::Peer(u8::MAX),
+            Token::Worker,
             Token::Waiting,
             child(Stream::Input),
             child(Stream::Output),

@@ -14,6 +14,9 @@ pub enum Dialect {
     InBand,
     /// `exec-oob` as well: a monitor session that negotiated the capability.
     OutOfBand,
+    /// Tarn's agent: `exec-oob` instead of `execute`, if there is an `id` by which to tell the answer
+    /// apart. Everything else is as the reference agent has it, which knows no `exec-oob`.
+    Agent,
 }
 
 /// A request whose envelope is sound; the command may still not exist.
@@ -41,6 +44,11 @@ impl Request {
             return Err(Response::error(Error::generic("QMP input must be a JSON object"), None));
         };
         let id = members.remove("id");
+        let dialect = match dialect {
+            Dialect::Agent if id.is_some() && !members.contains_key("execute") => Dialect::OutOfBand,
+            Dialect::Agent => Dialect::InBand,
+            other => other,
+        };
         match Self::parse_members(members, dialect) {
             Ok((execute, arguments, oob)) => Ok(Self { execute, arguments, id, oob }),
             Err(error) => Err(Response::error(error, id)),
@@ -50,7 +58,7 @@ impl Request {
     fn parse_members(mut members: Map, dialect: Dialect) -> Result<(String, Map, bool), Error> {
         let execute = command(&mut members, "execute")?;
         let exec_oob = match dialect {
-            Dialect::InBand => None,
+            Dialect::InBand | Dialect::Agent => None,
             Dialect::OutOfBand => command(&mut members, "exec-oob")?,
         };
         let arguments = match members.remove("arguments") {
@@ -184,6 +192,20 @@ mod tests {
             desc(json!({"execute": "a", "exec-oob": "a"}), Dialect::OutOfBand),
             "QMP input member 'execute' clashes with 'exec-oob'"
         );
+    }
+
+    #[test]
+    fn the_agent_takes_out_of_band_requests_that_can_be_told_apart() {
+        let agent = |message| Request::parse(message, Dialect::Agent);
+        assert!(agent(json!({"exec-oob": "guest-ping", "id": 1})).unwrap().oob);
+        assert!(!agent(json!({"execute": "guest-ping", "id": 1})).unwrap().oob);
+        for message in [
+            json!({"exec-oob": "guest-ping"}),
+            json!({"execute": "guest-ping", "exec-oob": "guest-ping"}),
+            json!({"execute": "guest-ping", "exec-oob": "guest-ping", "id": 1}),
+        ] {
+            assert_eq!(desc(message, Dialect::Agent), "QMP input member 'exec-oob' is unexpected");
+        }
     }
 
     #[test]

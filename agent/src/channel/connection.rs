@@ -79,7 +79,8 @@ impl Connection {
     pub(super) fn on_ready(&mut self, ready: Ready) {
         self.readable |= ready.readable || ready.hung_up;
         self.writable |= ready.writable;
-        if ready.hung_up && self.kind == Kind::Port && !self.is_hung_up() {
+        let has_left = ready.hung_up || self.deaf;
+        if has_left && self.kind == Kind::Port && !self.is_hung_up() {
             self.reset();
             self.readable = true;
             return;
@@ -116,6 +117,11 @@ impl Connection {
                 return Next::Broken(error);
             }
         }
+    }
+
+    /// Whether the peer has left and reads no more, as far as is known.
+    pub(super) fn is_deaf(&self) -> bool {
+        self.deaf
     }
 
     /// Appends to the output queue.

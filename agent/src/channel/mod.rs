@@ -7,7 +7,7 @@
 //!                                unplugged: Lost
 //!
 //!  unix-listen     ┌───────────┐   accept    ┌───────────┐
-//!                  │ listening │ ──────────▶ │ connected │   others wait in the backlog
+//!                  │ free seat │ ──────────▶ │ connected │   up to 8; others wait in the backlog
 //!                  └───────────┘ ◀────────── └───────────┘
 //!                                 hang-up
 //! ```
@@ -34,11 +34,17 @@ use self::port::Port;
 use crate::options::Method;
 use crate::poller::{Poller, Ready, Token};
 
-/// The channel: at most one peer at a time, whoever it is.
+/// Clients of a socket that are served at the same time; others wait in the backlog.
+const CLIENTS: usize = 8;
+
+/// Where a peer sits. The next peer may sit there as soon as this one has left.
+pub(crate) type Seat = u8;
+
+/// The channel: a port has one peer at a time, a socket a few.
 #[derive(Debug)]
 pub(crate) struct Channel {
     source: Source,
-    connection: Option<Connection>,
+    seats: Vec<Option<Connection>>,
     poller: Rc<Poller>,
 }
 
@@ -52,6 +58,8 @@ enum Source {
 #[derive(Debug)]
 pub(crate) enum Received {
     Item(Item),
+    /// The peer left; the next one starts anew.
+    Left,
     /// The device is gone; the channel waits for another one.
     Lost(io::Error),
     /// Nothing until the next event.
@@ -65,96 +73,103 @@ impl Channel {
     ///
     /// Only for what waiting will not mend: a socket that cannot be bound, no descriptors left.
     pub(crate) fn open(method: Method, path: &Path, poller: Rc<Poller>) -> io::Result<Self> {
-        let source = match method {
-            Method::VirtioSerial => Source::Port(Port::new(path)),
-            Method::UnixListen => Source::Listener(Listener::bind(path, &poller)?),
+        let (source, seats) = match method {
+            Method::VirtioSerial => (Source::Port(Port::new(path)), 1),
+            Method::UnixListen => (Source::Listener(Listener::bind(path, &poller)?), CLIENTS),
         };
-        let mut channel = Self { source, connection: None, poller };
+        let mut channel = Self { source, seats: (0..seats).map(|_| None).collect(), poller };
         channel.connect();
         Ok(channel)
     }
 
-    /// An event of [`Token::Channel`] or [`Token::Waiting`].
-    pub(crate) fn on_event(&mut self, token: Token, ready: Ready) {
-        match (token, &mut self.connection) {
-            (Token::Channel, Some(connection)) => connection.on_ready(ready),
-            _ => self.connect(),
+    /// The seats there are, taken or not.
+    pub(crate) fn seats(&self) -> std::ops::Range<Seat> {
+        0..Seat::try_from(self.seats.len()).unwrap_or(Seat::MAX)
+    }
+
+    /// An event of [`Token::Peer`].
+    pub(crate) fn on_event(&mut self, seat: Seat, ready: Ready) {
+        if let Some(Some(connection)) = self.seats.get_mut(usize::from(seat)) {
+            connection.on_ready(ready);
         }
     }
 
     /// When to try again to open the port, if nothing else would say so.
     pub(crate) fn retry_at(&self) -> Option<Instant> {
         match &self.source {
-            Source::Port(port) if self.connection.is_none() => port.retry_at(),
+            Source::Port(port) if self.seats.iter().all(Option::is_none) => port.retry_at(),
             _ => None,
         }
     }
 
-    /// Tries to get a connection, if there is none.
+    /// Fills the free seats, as far as somebody waits for one.
     pub(crate) fn connect(&mut self) {
-        if self.connection.is_some() {
-            return;
-        }
-        let connection = match &mut self.source {
-            Source::Port(port) => port.try_open(&self.poller),
-            Source::Listener(listener) => listener.try_accept(),
-        };
-        let Some(connection) = connection else { return };
-        match self.poller.add_edges(&connection, Token::Channel) {
-            Ok(()) => self.connection = Some(connection),
-            Err(error) => {
-                crate::log::error(format_args!("Cannot wait for the channel: {error}"));
-                // Before the watch, which would take it for another process leaving the port.
-                drop(connection);
-                if let Source::Port(port) = &mut self.source {
-                    port.lost(&self.poller);
+        for seat in self.seats() {
+            if self.seats[usize::from(seat)].is_some() {
+                continue;
+            }
+            let connection = match &mut self.source {
+                Source::Port(port) => port.try_open(&self.poller),
+                Source::Listener(listener) => listener.try_accept(),
+            };
+            let Some(connection) = connection else { return };
+            match self.poller.add_edges(&connection, Token::Peer(seat)) {
+                Ok(()) => self.seats[usize::from(seat)] = Some(connection),
+                Err(error) => {
+                    crate::log::error(format_args!("Cannot wait for the channel: {error}"));
+                    // Before the watch, which would take it for another process leaving the port.
+                    drop(connection);
+                    if let Source::Port(port) = &mut self.source {
+                        port.lost(&self.poller);
+                    }
                 }
             }
         }
     }
 
-    /// The next message. Call it until it returns [`Received::Nothing`]: only then does the next
+    /// The next message of a peer. Call it until it returns [`Received::Nothing`]: only then does the next
     /// event come.
-    pub(crate) fn receive(&mut self) -> Received {
-        loop {
-            let Some(connection) = &mut self.connection else { return Received::Nothing };
-            match connection.next() {
-                Next::Item(item) => return Received::Item(item),
-                Next::Blocked => return Received::Nothing,
-                Next::HungUp => match self.source {
-                    Source::Port(_) => connection.reset(),
-                    Source::Listener(_) => {
-                        self.connection = None;
-                        self.connect();
-                    }
-                },
-                Next::Broken(error) => {
-                    self.connection = None;
-                    match &mut self.source {
-                        Source::Port(port) => {
-                            port.lost(&self.poller);
-                            return Received::Lost(error);
-                        }
-                        Source::Listener(_) => {
-                            crate::log::debug(format_args!("The client is gone: {error}"));
-                            self.connect();
-                        }
-                    }
+    pub(crate) fn receive(&mut self, seat: Seat) -> Received {
+        let Some(Some(connection)) = self.seats.get_mut(usize::from(seat)) else { return Received::Nothing };
+        match (connection.next(), &mut self.source) {
+            (Next::Item(item), _) => Received::Item(item),
+            (Next::Blocked, _) => Received::Nothing,
+            (Next::HungUp, Source::Port(_)) => {
+                connection.reset();
+                Received::Left
+            }
+            (Next::Broken(error), Source::Port(port)) => {
+                self.seats[usize::from(seat)] = None;
+                port.lost(&self.poller);
+                Received::Lost(error)
+            }
+            (ended @ (Next::HungUp | Next::Broken(_)), Source::Listener(_)) => {
+                if let Next::Broken(error) = ended {
+                    crate::log::debug(format_args!("The client is gone: {error}"));
                 }
+                self.seats[usize::from(seat)] = None;
+                self.connect();
+                Received::Left
             }
         }
+    }
+
+    /// Whether nobody is there to read what is sent: the peer has left, or there is none.
+    pub(crate) fn is_deaf(&self, seat: Seat) -> bool {
+        let connection = self.seats.get(usize::from(seat)).and_then(Option::as_ref);
+        connection.is_none_or(Connection::is_deaf)
     }
 
     /// Queues a reply for the peer.
-    pub(crate) fn send(&mut self, reply: &[u8]) {
-        if let Some(connection) = &mut self.connection {
+    pub(crate) fn send(&mut self, seat: Seat, reply: &[u8]) {
+        if let Some(Some(connection)) = self.seats.get_mut(usize::from(seat)) {
             connection.send(reply);
         }
     }
 
-    /// Sends what the peer takes without waiting; for the last words before the agent ends.
+    /// Sends what the peers take without waiting; for the last words before the agent ends.
     pub(crate) fn flush(&mut self) {
-        if let Some(connection) = &mut self.connection {
+        for connection in self.seats.iter_mut().flatten() {
             let _ = connection.flush();
         }
     }
@@ -173,7 +188,7 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(poller.wait(Some(std::time::Duration::ZERO)).unwrap(), []);
             assert!(channel.retry_at().is_some_and(|at| at > Instant::now()));
-            assert!(matches!(channel.receive(), Received::Nothing));
+            assert!(matches!(channel.receive(0), Received::Nothing));
             channel.connect();
         }
     }

@@ -18,10 +18,44 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use serde_json::{Value, json};
 
 use super::{errno_text, payload};
-use crate::dispatch::Guest;
+use crate::agent::Agent;
 use crate::log;
 use crate::poller::{Poller, Stream, Token};
+use crate::schema::{Command as Declared, Run, Type, optional, required};
 use crate::signals::unblock_for;
+
+pub(crate) const COMMANDS: &[Declared] = &[
+    Declared::new("guest-exec", "Starts a program and returns its pid at once", Run::Prompt(exec))
+        .takes(&[
+            required("path", Type::Str),
+            optional("arg", Type::Array(&Type::Str)),
+            optional("env", Type::Array(&Type::Str)),
+            optional("input-data", Type::Base64),
+            optional(
+                "capture-output",
+                Type::Alternate(
+                    "GuestExecCaptureOutput",
+                    &[Type::Bool, Type::Enum(&["none", "stdout", "stderr", "separated", "merged"])],
+                ),
+            ),
+        ])
+        .returns(Type::Object(&[required("pid", Type::Int)])),
+    Declared::new(
+        "guest-exec-status",
+        "Whether a program has ended, and once it has, its status and output",
+        Run::Prompt(exec_status),
+    )
+    .takes(&[required("pid", Type::Int)])
+    .returns(Type::Object(&[
+        required("exited", Type::Bool),
+        optional("exitcode", Type::Int),
+        optional("signal", Type::Int),
+        optional("out-data", Type::Base64),
+        optional("err-data", Type::Base64),
+        optional("out-truncated", Type::Bool),
+        optional("err-truncated", Type::Bool),
+    ])),
+];
 
 /// Most bytes kept of each stream; the rest is read and dropped.
 const CAPTURED: usize = 16 << 20;
@@ -84,7 +118,7 @@ struct Capture {
     truncated: bool,
 }
 
-pub(crate) fn exec(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
+fn exec(agent: &mut Agent, mut args: Args) -> Result<Value, Error> {
     let path = args.string("path")?;
     let arguments = args.optional_strings("arg")?.unwrap_or_default();
     let environment = args.optional_strings("env")?;
@@ -98,7 +132,7 @@ pub(crate) fn exec(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
         command.env_clear();
         command.envs(environment.iter().filter_map(|entry| entry.split_once('=')));
     }
-    let spawned = guest.children.spawn(unblock_for(&mut command), input, mode);
+    let spawned = agent.children.spawn(unblock_for(&mut command), input, mode);
     let pid = spawned.map_err(|error| {
         Error::generic(format!("Failed to execute child process “{path}” ({})", errno_text(&error)))
     })?;
@@ -118,18 +152,18 @@ fn mode(args: &mut Args) -> Result<Mode, Error> {
     }
 }
 
-pub(crate) fn exec_status(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
+fn exec_status(agent: &mut Agent, mut args: Args) -> Result<Value, Error> {
     let pid = args.int("pid")?;
     args.finish()?;
     let unknown = || Error::generic(format!("PID {pid} does not exist"));
     let pid = u32::try_from(pid).map_err(|_| unknown())?;
     // A notice of its end may still be under way; the answer must not depend on that.
-    guest.children.reap();
-    let tracked = guest.children.tracked.get(&pid).ok_or_else(unknown)?;
+    agent.children.reap();
+    let tracked = agent.children.tracked.get(&pid).ok_or_else(unknown)?;
     if !tracked.is_finished() {
         return Ok(json!({"exited": false}));
     }
-    let tracked = guest.children.tracked.remove(&pid).ok_or_else(unknown)?;
+    let tracked = agent.children.tracked.remove(&pid).ok_or_else(unknown)?;
     Ok(Value::Object(tracked.report()))
 }
 

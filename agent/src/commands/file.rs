@@ -13,8 +13,48 @@ use rustix::fs::{Mode, OFlags};
 use serde_json::{Value, json};
 
 use super::{errno_text, failed, payload};
-use crate::dispatch::Guest;
+use crate::guest::Guest;
 use crate::log;
+use crate::schema::{Command, Field, Run, Type, optional, required};
+
+const HANDLE: Field = required("handle", Type::Int);
+const TRANSFERRED: &[Field] = &[required("count", Type::Int), required("eof", Type::Bool)];
+
+pub(crate) const COMMANDS: &[Command] = &[
+    Command::new(
+        "guest-file-open",
+        "Opens a file by a mode of fopen(3); returns its handle",
+        Run::Worker(open),
+    )
+    .takes(&[required("path", Type::Str), optional("mode", Type::Str)])
+    .returns(Type::Int),
+    Command::new("guest-file-close", "Closes a file", Run::Worker(close)).takes(&[HANDLE]),
+    Command::new(
+        "guest-file-read",
+        "Reads up to count bytes, 4096 if absent, 48 MiB at most",
+        Run::Worker(read),
+    )
+    .takes(&[HANDLE, optional("count", Type::Int)])
+    .returns(Type::Object(&[
+        required("count", Type::Int),
+        required("buf-b64", Type::Base64),
+        required("eof", Type::Bool),
+    ])),
+    Command::new("guest-file-write", "Writes bytes, count of them if given", Run::Worker(write))
+        .takes(&[HANDLE, required("buf-b64", Type::Base64), optional("count", Type::Int)])
+        .returns(Type::Object(TRANSFERRED)),
+    Command::new("guest-file-seek", "Moves a file's position, as lseek(2)", Run::Worker(seek))
+        .takes(&[
+            HANDLE,
+            required("offset", Type::Int),
+            required(
+                "whence",
+                Type::Alternate("GuestFileWhence", &[Type::Int, Type::Enum(&["set", "cur", "end"])]),
+            ),
+        ])
+        .returns(Type::Object(&[required("position", Type::Int), required("eof", Type::Bool)])),
+    Command::new("guest-file-flush", "Flushes what was written", Run::Worker(flush)).takes(&[HANDLE]),
+];
 
 /// The first handle there ever is.
 const FIRST_HANDLE: i64 = 1000;
@@ -83,7 +123,7 @@ fn counter(state: &str) -> Option<i64> {
     value.parse().ok().filter(|&value| value >= FIRST_HANDLE)
 }
 
-pub(crate) fn open(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
+fn open(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
     let path = args.string("path")?;
     let mode = args.optional_string("mode")?.unwrap_or_else(|| "r".into());
     args.finish()?;
@@ -131,14 +171,14 @@ fn open_file(path: &Path, flags: OFlags) -> io::Result<File> {
     }
 }
 
-pub(crate) fn close(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
+fn close(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
     let handle = args.int("handle")?;
     args.finish()?;
     guest.files.open.remove(&handle).ok_or_else(|| unknown(handle))?;
     Ok(json!({}))
 }
 
-pub(crate) fn read(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
+fn read(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
     let handle = args.int("handle")?;
     let count = args.optional_int("count")?.unwrap_or(READ_DEFAULT);
     args.finish()?;
@@ -155,7 +195,7 @@ pub(crate) fn read(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
     Ok(json!({"count": data.len(), "buf-b64": payload::encode(&data), "eof": open.eof}))
 }
 
-pub(crate) fn write(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
+fn write(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
     let handle = args.int("handle")?;
     let data = args.string("buf-b64")?;
     let count = args.optional_int("count")?;
@@ -193,7 +233,7 @@ fn write_all(file: &mut File, data: &[u8]) -> io::Result<usize> {
     Ok(written)
 }
 
-pub(crate) fn seek(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
+fn seek(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
     let handle = args.int("handle")?;
     let offset = args.int("offset")?;
     let whence = whence(&mut args)?;
@@ -241,7 +281,7 @@ fn whence(args: &mut Args) -> Result<Whence, Error> {
 }
 
 /// Nothing is buffered in the agent, so there is nothing to do but to check the handle.
-pub(crate) fn flush(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
+fn flush(guest: &mut Guest, mut args: Args) -> Result<Value, Error> {
     let handle = args.int("handle")?;
     args.finish()?;
     let open = guest.files.get(handle)?;

@@ -4,12 +4,26 @@ use protocol::{Args, Error};
 use serde_json::Value;
 
 use super::errno_text;
-use crate::dispatch::Guest;
+use crate::agent::Agent;
 use crate::freeze::FreezeError;
+use crate::guest::Guest;
 use crate::log;
+use crate::schema::{Command, Run, Type};
+
+pub(crate) const COMMANDS: &[Command] = &[
+    Command::new("guest-fsfreeze-status", "Whether filesystems are frozen", Run::Prompt(status))
+        .returns(Type::Enum(&["thawed", "frozen"]))
+        .while_frozen()
+        .out_of_band(),
+    Command::new("guest-fsfreeze-freeze", "Freezes all filesystems; returns how many", Run::Worker(freeze))
+        .returns(Type::Int),
+    Command::new("guest-fsfreeze-thaw", "Thaws all filesystems; returns how many", Run::Worker(thaw))
+        .returns(Type::Int)
+        .while_frozen(),
+];
 
 /// Freezes everything that can be frozen; returns the number of filesystems.
-pub(crate) fn freeze(guest: &mut Guest, args: Args) -> Result<Value, Error> {
+fn freeze(guest: &mut Guest, args: Args) -> Result<Value, Error> {
     args.finish()?;
     // From here on nothing may wait for a disk.
     log::hold();
@@ -21,12 +35,12 @@ pub(crate) fn freeze(guest: &mut Guest, args: Args) -> Result<Value, Error> {
 }
 
 /// Thaws everything, whoever froze it; returns the number of filesystems.
-pub(crate) fn thaw(guest: &mut Guest, args: Args) -> Result<Value, Error> {
+fn thaw(guest: &mut Guest, args: Args) -> Result<Value, Error> {
     args.finish()?;
     thaw_now(guest).map(Value::from).map_err(|error| reply(&error))
 }
 
-pub(crate) fn thaw_now(guest: &mut Guest) -> Result<u64, FreezeError> {
+fn thaw_now(guest: &mut Guest) -> Result<u64, FreezeError> {
     let thawed = guest.freezer.thaw();
     if !guest.freezer.is_frozen() {
         log::release();
@@ -35,9 +49,9 @@ pub(crate) fn thaw_now(guest: &mut Guest) -> Result<u64, FreezeError> {
 }
 
 /// `frozen` or `thawed`, as far as the agent knows.
-pub(crate) fn status(guest: &mut Guest, args: Args) -> Result<Value, Error> {
+fn status(agent: &mut Agent, args: Args) -> Result<Value, Error> {
     args.finish()?;
-    Ok(if guest.freezer.is_frozen() { "frozen" } else { "thawed" }.into())
+    Ok(if agent.freezing.is_frozen() { "frozen" } else { "thawed" }.into())
 }
 
 fn reply(error: &FreezeError) -> Error {

@@ -6,6 +6,7 @@ pub(crate) mod file;
 pub(crate) mod fsfreeze;
 mod os_release;
 mod payload;
+pub(crate) mod session;
 pub(crate) mod shutdown;
 pub(crate) mod system;
 

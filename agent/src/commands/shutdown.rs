@@ -13,8 +13,17 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::{Value, json};
 
 use super::failed;
-use crate::dispatch::Guest;
+use crate::guest::Guest;
+use crate::schema::{Command as Declared, Run, Type, optional};
 use crate::signals::unblock_for;
+
+pub(crate) const COMMANDS: &[Declared] = &[Declared::new(
+    "guest-shutdown",
+    "Powers down, halts or reboots the guest; answered only if that fails",
+    Run::Worker(shutdown),
+)
+.takes(&[optional("mode", Type::Str)])
+.without_success_response()];
 
 /// How long the program that asks the init for it may take. One that is still running then is taken
 /// to be at work.
@@ -28,7 +37,7 @@ const MODES: &[(&str, &str, &str)] =
 
 /// Asks the guest's init to power down, halt or reboot. Success is not answered: the guest may be
 /// gone before the reply.
-pub(crate) fn shutdown(_: &mut Guest, mut args: Args) -> Result<Value, Error> {
+fn shutdown(_: &mut Guest, mut args: Args) -> Result<Value, Error> {
     let mode = args.optional_string("mode")?.unwrap_or_else(|| "powerdown".into());
     args.finish()?;
     // The reference's text, its missing parenthesis included.

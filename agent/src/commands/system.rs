@@ -6,9 +6,31 @@ use protocol::{Args, Error, Map};
 use serde_json::{Value, json};
 
 use super::os_release;
-use crate::dispatch::Guest;
+use crate::guest::Guest;
+use crate::schema::{Command, Run, Type, optional, required};
 
-pub(crate) fn get_host_name(_: &mut Guest, args: Args) -> Result<Value, Error> {
+pub(crate) const COMMANDS: &[Command] = &[
+    Command::new("guest-get-osinfo", "The operating system and its kernel", Run::Worker(get_osinfo)).returns(
+        Type::Object(&[
+            optional("kernel-release", Type::Str),
+            optional("kernel-version", Type::Str),
+            optional("machine", Type::Str),
+            optional("id", Type::Str),
+            optional("name", Type::Str),
+            optional("pretty-name", Type::Str),
+            optional("version", Type::Str),
+            optional("version-id", Type::Str),
+            optional("variant", Type::Str),
+            optional("variant-id", Type::Str),
+        ]),
+    ),
+    Command::new("guest-get-host-name", "The guest's host name", Run::Worker(get_host_name))
+        .returns(Type::Object(&[required("host-name", Type::Str)])),
+    Command::new("guest-get-time", "Nanoseconds since 1970 by the guest's clock", Run::Worker(get_time))
+        .returns(Type::Int),
+];
+
+fn get_host_name(_: &mut Guest, args: Args) -> Result<Value, Error> {
     args.finish()?;
     let system = rustix::system::uname();
     let name = system.nodename().to_string_lossy();
@@ -17,14 +39,14 @@ pub(crate) fn get_host_name(_: &mut Guest, args: Args) -> Result<Value, Error> {
 }
 
 /// Nanoseconds since 1970.
-pub(crate) fn get_time(_: &mut Guest, args: Args) -> Result<Value, Error> {
+fn get_time(_: &mut Guest, args: Args) -> Result<Value, Error> {
     args.finish()?;
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     let nanoseconds = since.ok().and_then(|since| i64::try_from(since.as_nanos()).ok());
     nanoseconds.map(Value::from).ok_or_else(|| Error::generic("Failed to get time"))
 }
 
-pub(crate) fn get_osinfo(_: &mut Guest, args: Args) -> Result<Value, Error> {
+fn get_osinfo(_: &mut Guest, args: Args) -> Result<Value, Error> {
     args.finish()?;
     let system = rustix::system::uname();
     let mut info = Map::new();

@@ -23,6 +23,8 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 pub(crate) use self::linux::Linux;
 use self::mounts::Superblock;
@@ -67,9 +69,22 @@ pub(crate) enum FreezeError {
     Thaw { mountpoint: PathBuf, source: io::Error },
 }
 
+/// What other threads may know of a [`Freezer`].
+#[derive(Debug, Default)]
+pub(crate) struct Freezing {
+    frozen: AtomicBool,
+}
+
+impl Freezing {
+    pub(crate) fn is_frozen(&self) -> bool {
+        self.frozen.load(Ordering::Acquire)
+    }
+}
+
 /// Knows what is frozen, and freezes and thaws.
 #[derive(Debug)]
 pub(crate) struct Freezer<K: Kernel> {
+    freezing: Arc<Freezing>,
     kernel: K,
     state_file: PathBuf,
     state: State<K::Handle>,
@@ -106,7 +121,18 @@ impl<K: Kernel> Freezer<K> {
                 State::Frozen(Vec::new())
             }
         };
-        Self { kernel, state_file, state }
+        let freezing = Arc::new(Freezing { frozen: AtomicBool::new(matches!(state, State::Frozen(_))) });
+        Self { freezing, kernel, state_file, state }
+    }
+
+    /// What other threads may know.
+    pub(crate) fn freezing(&self) -> &Arc<Freezing> {
+        &self.freezing
+    }
+
+    fn set(&mut self, state: State<K::Handle>) {
+        self.freezing.frozen.store(matches!(state, State::Frozen(_)), Ordering::Release);
+        self.state = state;
     }
 
     pub(crate) fn is_frozen(&self) -> bool {
@@ -131,7 +157,7 @@ impl<K: Kernel> Freezer<K> {
                 Err(error) if is_no_failure(&error) => {}
                 Err(source) => {
                     let mountpoint = held.superblock.mountpoint().to_owned();
-                    self.state = State::Frozen(frozen);
+                    self.set(State::Frozen(frozen));
                     if let Err(error) = self.thaw() {
                         log::error(format_args!("{error} after a failed freeze"));
                     }
@@ -143,7 +169,7 @@ impl<K: Kernel> Freezer<K> {
         if frozen.is_empty() {
             self.unlink_state_file();
         } else {
-            self.state = State::Frozen(frozen);
+            self.set(State::Frozen(frozen));
         }
         Ok(count)
     }
@@ -187,12 +213,13 @@ impl<K: Kernel> Freezer<K> {
         }
         match failure {
             None => {
+                self.set(State::Thawed);
                 self.unlink_state_file();
                 Ok(count)
             }
             Some(error) => {
                 if was_frozen {
-                    self.state = State::Frozen(stuck);
+                    self.set(State::Frozen(stuck));
                 }
                 Err(error)
             }
