@@ -49,7 +49,7 @@ pub(crate) enum ServeError {
 /// Serves until SIGTERM or SIGINT. Filesystems that are still frozen then are thawed first: nobody
 /// else would.
 pub(crate) fn run(options: Options) -> Result<(), ServeError> {
-    let Options { method, path, statedir, logfile: _, verbose: _, access } = options;
+    let Options { method, path, statedir, logfile: _, verbose: _, access, freeze: _ } = options;
     if let Err(error) = inheritance::keep_from_children() {
         log::warning(format_args!("Children will inherit open descriptors: {error}"));
     }

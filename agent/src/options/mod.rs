@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::access::Access;
 
@@ -25,6 +26,34 @@ pub(crate) struct Options {
     pub(crate) logfile: Option<PathBuf>,
     pub(crate) verbose: bool,
     pub(crate) access: Access,
+    pub(crate) freeze: FreezeOptions,
+}
+
+/// How long a freeze may last, and whom it asks to be quiet first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct FreezeOptions {
+    /// From the end of a freeze to the thaw that nobody has to ask for; `None` is for ever.
+    pub(crate) lease: Option<Duration>,
+    /// The longest a freeze may take before it fails and is undone; `None` is for ever.
+    pub(crate) timeout: Option<Duration>,
+    /// Run with `freeze` before and with `thaw` after.
+    pub(crate) hook: Option<PathBuf>,
+    /// A directory of such programs.
+    pub(crate) hook_dir: Option<PathBuf>,
+    /// The longest that one hook may run.
+    pub(crate) hook_timeout: Duration,
+}
+
+impl Default for FreezeOptions {
+    fn default() -> Self {
+        Self {
+            lease: Some(Duration::from_secs(120)),
+            timeout: Some(Duration::from_secs(60)),
+            hook: None,
+            hook_dir: None,
+            hook_timeout: Duration::from_secs(30),
+        }
+    }
 }
 
 /// What the command line asks for.
@@ -64,6 +93,7 @@ The guest agent: answers its host over a virtio-serial port.
   -t, --statedir=DIR     where to keep state across restarts (default: /run)
   -l, --logfile=FILE     where to log to (default: standard error)
   -v, --verbose          log more
+      --schema           print the schema of all commands as JSON and exit
   -V, --version          print the version and exit
   -h, --help             print this and exit
 
@@ -83,6 +113,7 @@ enum Name {
     Statedir,
     Logfile,
     Verbose,
+    Schema,
     Version,
     Help,
 }
@@ -94,6 +125,7 @@ const OPTIONS: &[(u8, &str, Kind, Name)] = &[
     (b't', "statedir", Kind::Value, Name::Statedir),
     (b'l', "logfile", Kind::Value, Name::Logfile),
     (b'v', "verbose", Kind::Flag, Name::Verbose),
+    (0, "schema", Kind::Flag, Name::Schema),
     (b'V', "version", Kind::Flag, Name::Version),
     (b'h', "help", Kind::Flag, Name::Help),
 ];
@@ -179,6 +211,7 @@ impl Given {
             Name::Statedir => self.statedir = Some(value.into()),
             Name::Logfile => self.logfile = Some(value.into()),
             Name::Verbose => self.verbose = true,
+            Name::Schema => self.print = Some(schema()),
             Name::Version => self.print = Some(format!("tarn-agent {}", env!("CARGO_PKG_VERSION"))),
             Name::Help => self.print = Some(USAGE.into()),
         }
@@ -197,8 +230,21 @@ impl Given {
             (Method::UnixListen, None) => return Err(OptionsError::NoPath),
         };
         let statedir = statedir.unwrap_or_else(|| DEFAULT_STATEDIR.into());
-        Ok(Parsed::Run(Options { method, path, statedir, logfile, verbose, access: Access::default() }))
+        Ok(Parsed::Run(Options {
+            method,
+            path,
+            statedir,
+            logfile,
+            verbose,
+            access: Access::default(),
+            freeze: FreezeOptions::default(),
+        }))
     }
+}
+
+/// The schema document as it is published.
+fn schema() -> String {
+    format!("{:#}", crate::dispatch::schema())
 }
 
 fn method(name: &OsStr) -> Result<Method, OptionsError> {
@@ -241,6 +287,7 @@ mod tests {
             logfile: Some("/c".into()),
             verbose: true,
             access: Access::default(),
+            freeze: FreezeOptions::default(),
         };
         assert_eq!(options("-m unix-listen -p /a -t /b -l /c -v"), expected);
         assert_eq!(options("-munix-listen -p/a -t/b -vl/c"), expected);
