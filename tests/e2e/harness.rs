@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use coordinator::recipes::{ExecRequest, Output, Stream, exec};
+use coordinator::recipes::{ExecError, ExecRequest, Output, Stream, exec};
 use coordinator::{Event, GuestSession, Map, MonitorSession, SessionError};
 use serde_json::Value;
 
@@ -243,17 +243,9 @@ impl Vm<'_> {
 
     /// Runs a shell script in the guest; returns its exit status and its output, errors included.
     pub fn try_sh(&mut self, script: &str) -> (u8, String) {
-        let mut text = Vec::new();
         let mut session = self.agent();
-        let request = ExecRequest { timeout: Some(limit()), ..ExecRequest::shell(script) };
-        let status = exec(&mut session, &request, &mut |output| {
-            if let Output::Bytes(Stream::Stdout | Stream::Stderr, bytes) = output {
-                text.extend_from_slice(bytes);
-            }
-            Ok(())
-        })
-        .unwrap_or_else(|error| panic!("`{script}` in {}: {error}\n{}", self.name, self.log()));
-        (status.code(), String::from_utf8_lossy(&text).into_owned())
+        shell(&mut session, script)
+            .unwrap_or_else(|error| panic!("`{script}` in {}: {error}\n{}", self.name, self.log()))
     }
 
     /// Runs a shell script that must succeed; returns its output, trimmed.
@@ -361,6 +353,19 @@ pub fn run(command: &mut Command) -> String {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(output.status.success(), "{command:?}: {}\n{}", output.status, text(&output.stderr));
     text(&output.stdout)
+}
+
+/// Runs a shell script by way of an agent; returns its exit status and its output, errors included.
+pub fn shell(session: &mut GuestSession, script: &str) -> Result<(u8, String), ExecError> {
+    let mut text = Vec::new();
+    let request = ExecRequest { timeout: Some(limit()), ..ExecRequest::shell(script) };
+    let status = exec(session, &request, &mut |output| {
+        if let Output::Bytes(Stream::Stdout | Stream::Stderr, bytes) = output {
+            text.extend_from_slice(bytes);
+        }
+        Ok(())
+    })?;
+    Ok((status.code(), String::from_utf8_lossy(&text).into_owned()))
 }
 
 /// A client of a unix socket whose reads end in a failure instead of never.
