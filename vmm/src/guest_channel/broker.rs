@@ -33,8 +33,9 @@ use protocol::{Decoder, Error, Handshake, Item, Limits, Map, ParseError, Progres
 use serde_json::{Value, json};
 
 use super::command::{Command, FILE_REPLY_MAX, Kind, REPLY_MAX};
-use super::freeze::Freeze;
+use super::freeze::Freezes;
 use super::in_flight::{Asker, Ending, InFlight};
+use super::outbox::Outbox;
 use super::{AgentStatus, ChannelConfig, Client};
 
 /// Bounds on one message of the guest.
@@ -80,8 +81,7 @@ pub(super) struct Broker {
     decoder: Decoder,
     /// Bytes of a message of the guest that has not ended yet.
     unfinished: usize,
-    to_guest: Vec<u8>,
-    sent: usize,
+    outbox: Outbox,
     tokens: RandomState,
     tokens_used: u64,
     // The clients' side.
@@ -92,9 +92,7 @@ pub(super) struct Broker {
     /// Since when the VM has not been running, and how long it stood still before that.
     stopped_since: Option<Instant>,
     stood_still: Duration,
-    freeze: Option<Freeze>,
-    // Statistics.
-    automatic_thaws: u64,
+    freezes: Freezes,
     malformed: u64,
 }
 
@@ -105,8 +103,7 @@ impl Broker {
             link: Link::Closed,
             decoder: Decoder::new(GUEST_LIMITS),
             unfinished: 0,
-            to_guest: Vec::new(),
-            sent: 0,
+            outbox: Outbox::default(),
             tokens: RandomState::new(),
             tokens_used: 0,
             queue: VecDeque::new(),
@@ -114,8 +111,7 @@ impl Broker {
             unready_since: None,
             stopped_since: None,
             stood_still: Duration::ZERO,
-            freeze: None,
-            automatic_thaws: 0,
+            freezes: Freezes::default(),
             malformed: 0,
         }
     }
@@ -142,10 +138,7 @@ impl Broker {
         {
             request.asker = Asker::Nobody;
         }
-        let guest_time = self.guest_time(now);
-        if let Some(freeze) = &mut self.freeze {
-            freeze.client_gone(client, informed, guest_time);
-        }
+        self.freezes.client_gone(client, informed, self.guest_time(now));
         self.pump(now);
     }
 
@@ -165,8 +158,7 @@ impl Broker {
 
     /// The guest has closed the port: what is on its way in either direction is lost.
     pub(super) fn port_closed(&mut self, now: Instant) {
-        self.to_guest.clear();
-        self.sent = 0;
+        self.outbox.clear();
         self.decoder.reset();
         self.unfinished = 0;
         self.unready_since.get_or_insert(now);
@@ -180,7 +172,7 @@ impl Broker {
     /// The guest starts again from nothing: its filesystems are not frozen any more.
     pub(super) fn guest_reset(&mut self, now: Instant) {
         self.port_closed(now);
-        self.freeze = None;
+        self.freezes.guest_reset();
     }
 
     /// The VM runs, or stands still. Timeouts of the guest stand still with it.
@@ -204,16 +196,12 @@ impl Broker {
 
     /// Bytes for the guest.
     pub(super) fn to_guest(&self) -> &[u8] {
-        &self.to_guest[self.sent..]
+        self.outbox.bytes()
     }
 
     /// The guest has taken so many of them.
     pub(super) fn sent_to_guest(&mut self, count: usize) {
-        self.sent = self.to_guest.len().min(self.sent + count);
-        if self.sent == self.to_guest.len() {
-            self.to_guest = Vec::new();
-            self.sent = 0;
-        }
+        self.outbox.advance(count);
     }
 
     /// Bytes from the guest. It may send what it likes, as much as it likes.
@@ -302,7 +290,7 @@ impl Broker {
         if !matches!(self.link, Link::Idle) || self.stopped_since.is_some() {
             return;
         }
-        if self.freeze.as_ref().is_some_and(|freeze| freeze.is_due(self.guest_time(now))) {
+        if self.freezes.is_due(self.guest_time(now)) {
             tracing::warn!("The client that froze the guest is gone, thawing in its place");
             self.dispatch(Asker::Broker, Command::thaw(), now);
         } else if let Some(Queued { client, command, .. }) = self.queue.pop_front() {
@@ -317,14 +305,13 @@ impl Broker {
             Kind::Ordinary | Kind::Status | Kind::Sync(_) | Kind::NoReply => self.config.timeout,
         };
         let probe = (command.kind == Kind::NoReply).then(|| self.token());
-        self.to_guest = std::mem::take(&mut command.line);
-        self.sent = 0;
+        let mut line = std::mem::take(&mut command.line);
         if let Some(token) = probe {
             let arguments = Map::from_iter([("id".to_owned(), json!(token))]);
             // Without the usual 0xFF before it: that would be answered, too, by an error.
-            let line = request_line("guest-sync-delimited", Some(arguments), None);
-            self.to_guest.extend_from_slice(line.as_bytes());
+            line.extend_from_slice(request_line("guest-sync-delimited", Some(arguments), None).as_bytes());
         }
+        self.outbox.command(line);
         let deadline = self.guest_time(now) + timeout;
         self.link = Link::Busy(InFlight::new(asker, command, deadline, probe));
     }
@@ -337,42 +324,19 @@ impl Broker {
         self.end(&request, ending, now);
         match request.probe {
             // The answer to the probe is still to come.
-            Some(token) if answered && self.to_guest.is_empty() => {
+            Some(token) if answered && !self.outbox.holds_command() => {
                 let again = self.guest_time(now) + SYNC_RETRY;
                 self.unready_since.get_or_insert(now);
                 self.link = Link::Syncing { handshake: Handshake::new(token), again, wait: SYNC_RETRY };
             }
-            _ if unknown || !self.to_guest.is_empty() => self.resync(now),
+            _ if unknown || self.outbox.holds_command() => self.resync(now),
             _ => self.pump(now),
         }
     }
 
     /// Tells the client, and keeps the books on freezes.
     fn end(&mut self, request: &InFlight, ending: Ending, now: Instant) {
-        let now = self.guest_time(now);
-        match (request.kind, &ending) {
-            (Kind::Freeze, Ending::Answered(Ok(count))) if count.as_i64() != Some(0) => {
-                self.freeze = Some(match request.asker {
-                    Asker::Client(client) => Freeze::owned(client, request.grace),
-                    Asker::Nobody | Asker::Broker => Freeze::unknown(now),
-                });
-            }
-            (Kind::Freeze, Ending::Unknown(_)) => self.freeze = Some(Freeze::unknown(now)),
-            (Kind::Thaw, Ending::Answered(Ok(_))) => {
-                if request.asker == Asker::Broker {
-                    self.automatic_thaws += 1;
-                }
-                self.freeze = None;
-            }
-            (Kind::Thaw, _) if request.asker == Asker::Broker => {
-                tracing::warn!("The thaw failed, trying again");
-                if let Some(freeze) = &mut self.freeze {
-                    freeze.thaw_failed(now);
-                }
-            }
-            (Kind::Status, Ending::Answered(Ok(status))) if status == "thawed" => self.freeze = None,
-            _ => {}
-        }
+        self.freezes.command_ended(request, &ending, self.guest_time(now));
         if let Asker::Client(client) = request.asker {
             let result = match ending {
                 Ending::Answered(result) => Some(result),
@@ -394,8 +358,8 @@ impl Broker {
     /// has of it.
     fn sync(&mut self, wait: Duration, now: Instant) {
         let handshake = Handshake::new(self.token());
-        self.to_guest = handshake.request();
-        self.sent = 0;
+        self.outbox.clear();
+        self.outbox.command(handshake.request());
         self.link = Link::Syncing { handshake, again: self.guest_time(now) + wait, wait };
     }
 
@@ -423,7 +387,7 @@ impl Broker {
                 Link::Closed => None,
                 Link::Syncing { again, .. } => Some(*again),
                 Link::Busy(request) => Some(request.deadline),
-                Link::Idle => self.freeze.as_ref().and_then(Freeze::deadline),
+                Link::Idle => self.freezes.deadline(),
             }
         };
         let guest = guest.map(|deadline| deadline + self.stood_still);
@@ -487,8 +451,8 @@ impl Broker {
         AgentStatus {
             connected: !matches!(self.link, Link::Closed),
             in_sync: matches!(self.link, Link::Idle | Link::Busy(_)),
-            frozen: self.freeze.as_ref().map(|freeze| freeze.status(self.guest_time(now))),
-            automatic_thaws: self.automatic_thaws,
+            frozen: self.freezes.status(self.guest_time(now)),
+            automatic_thaws: self.freezes.automatic_thaws(),
             malformed_replies: self.malformed,
         }
     }

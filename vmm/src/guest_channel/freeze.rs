@@ -25,15 +25,84 @@
 
 use std::time::{Duration, Instant};
 
+use super::command::Kind;
+use super::in_flight::{Asker, Ending, InFlight};
 use super::{Client, FreezeStatus};
 
 /// First and longest pause between attempts to thaw.
 const RETRY: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 
+/// The books on freezes.
+#[derive(Debug, Default)]
+pub(super) struct Freezes {
+    in_force: Option<Freeze>,
+    automatic_thaws: u64,
+}
+
+impl Freezes {
+    /// A command has ended.
+    pub(super) fn command_ended(&mut self, request: &InFlight, ending: &Ending, now: Instant) {
+        match (request.kind, ending) {
+            (Kind::Freeze, Ending::Answered(Ok(count))) if count.as_i64() != Some(0) => {
+                self.in_force = Some(match request.asker {
+                    Asker::Client(client) => Freeze::owned(client, request.grace),
+                    Asker::Nobody | Asker::Broker => Freeze::unknown(now),
+                });
+            }
+            (Kind::Freeze, Ending::Unknown(_)) => self.in_force = Some(Freeze::unknown(now)),
+            (Kind::Thaw, Ending::Answered(Ok(_))) => {
+                if request.asker == Asker::Broker {
+                    self.automatic_thaws += 1;
+                }
+                self.in_force = None;
+            }
+            (Kind::Thaw, _) if request.asker == Asker::Broker => {
+                tracing::warn!("The thaw failed, trying again");
+                if let Some(freeze) = &mut self.in_force {
+                    freeze.thaw_failed(now);
+                }
+            }
+            (Kind::Status, Ending::Answered(Ok(status))) if status == "thawed" => self.in_force = None,
+            _ => {}
+        }
+    }
+
+    /// A client is gone; `informed` if it can have read all its answers.
+    pub(super) fn client_gone(&mut self, client: Client, informed: bool, now: Instant) {
+        if let Some(freeze) = &mut self.in_force {
+            freeze.client_gone(client, informed, now);
+        }
+    }
+
+    /// The guest starts again from nothing.
+    pub(super) fn guest_reset(&mut self) {
+        self.in_force = None;
+    }
+
+    /// When to thaw in the place of a client that is gone.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.in_force.as_ref().and_then(|freeze| freeze.thaw_at)
+    }
+
+    /// Whether that is now.
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        self.deadline().is_some_and(|at| at <= now)
+    }
+
+    pub(super) fn status(&self, now: Instant) -> Option<FreezeStatus> {
+        self.in_force.as_ref().map(|freeze| freeze.status(now))
+    }
+
+    /// Freezes that ended because nobody was there to thaw.
+    pub(super) fn automatic_thaws(&self) -> u64 {
+        self.automatic_thaws
+    }
+}
+
 /// A freeze in force.
 #[derive(Debug)]
-pub(super) struct Freeze {
+struct Freeze {
     owner: Option<Client>,
     /// How long it outlives its owner; `None` is for ever.
     grace: Option<Duration>,
@@ -44,17 +113,17 @@ pub(super) struct Freeze {
 
 impl Freeze {
     /// A freeze that its client knows of.
-    pub(super) fn owned(owner: Client, grace: Option<Duration>) -> Self {
+    fn owned(owner: Client, grace: Option<Duration>) -> Self {
         Self { owner: Some(owner), grace, thaw_at: None, retry: RETRY }
     }
 
     /// A freeze that nobody knows of.
-    pub(super) fn unknown(now: Instant) -> Self {
+    fn unknown(now: Instant) -> Self {
         Self { owner: None, grace: None, thaw_at: Some(now), retry: RETRY }
     }
 
     /// A client is gone; `informed` if it can have read all its answers.
-    pub(super) fn client_gone(&mut self, client: Client, informed: bool, now: Instant) {
+    fn client_gone(&mut self, client: Client, informed: bool, now: Instant) {
         if self.owner == Some(client) {
             self.owner = None;
             let grace = if informed { self.grace } else { Some(Duration::ZERO) };
@@ -62,23 +131,13 @@ impl Freeze {
         }
     }
 
-    /// Whether to thaw now.
-    pub(super) fn is_due(&self, now: Instant) -> bool {
-        self.thaw_at.is_some_and(|at| at <= now)
-    }
-
-    /// When to thaw.
-    pub(super) fn deadline(&self) -> Option<Instant> {
-        self.thaw_at
-    }
-
     /// A thaw was tried and failed.
-    pub(super) fn thaw_failed(&mut self, now: Instant) {
+    fn thaw_failed(&mut self, now: Instant) {
         self.thaw_at = Some(now + self.retry);
         self.retry = (self.retry * 2).min(RETRY_MAX);
     }
 
-    pub(super) fn status(&self, now: Instant) -> FreezeStatus {
+    fn status(&self, now: Instant) -> FreezeStatus {
         FreezeStatus {
             by: self.owner.map(|owner| owner.to_string()),
             thaw_in: self.thaw_at.map(|at| at.saturating_duration_since(now)),

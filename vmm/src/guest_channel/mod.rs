@@ -31,6 +31,7 @@ mod client;
 mod command;
 mod freeze;
 mod in_flight;
+mod outbox;
 
 #[cfg(test)]
 mod tests;
