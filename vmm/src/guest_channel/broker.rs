@@ -1,4 +1,4 @@
-//! The broker: many clients, one agent, one command at a time. No I/O, no clock.
+//! The broker: many clients, one agent, one command at a time and simple questions beside it. No I/O, no clock.
 //!
 //! ```text
 //!                      guest opens the port              answer to our token, after 0xFF
@@ -13,15 +13,21 @@
 //!                                                                                    └──────┘
 //! ```
 //!
-//! Answers are not told apart by id: the agent of 2012 refuses requests that carry one. Being in step is
-//! everything, so whenever that is in doubt the broker gets in step again with `guest-sync-delimited`
-//! and a random token, and believes nothing before the answer to it.
+//! Answers to commands are not told apart by id: the agent of 2012 refuses requests that carry one. Being in
+//! step is everything, so whenever that is in doubt the broker gets in step again with
+//! `guest-sync-delimited` and a random token, and believes nothing before the answer to it. An agent that
+//! can do several things at once takes that for a sign that nobody waits for the command any longer, and
+//! answers although it may still work on it; so what has to be undone is undone by a command, never by
+//! waiting.
+//!
+//! Questions that such an agent answers at once (`out_of_band.rs`) do have an id. They go out in Idle and Busy
+//! alike, and say nothing about being in step: their answers may come before, after and between others.
 //!
 //! A client has at most one request here; further ones wait with the client. So the queue, first come first
-//! served, is a round robin over clients.
+//! served, is a round robin over clients (`turns.rs`).
 //!
 //! `guest-shutdown` and the suspend commands answer only if they fail. Right behind them the broker sends a
-//! sync of its own: if that is answered first, or the port closes, or nothing comes in time, the command is
+//! question of its own: if that is answered first, or the port closes, or nothing comes in time, the command is
 //! taken as accepted.
 
 use std::collections::VecDeque;
@@ -29,12 +35,13 @@ use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::time::{Duration, Instant};
 
-use protocol::{Decoder, Error, Handshake, Item, Limits, Map, ParseError, Progress, request_line};
-use serde_json::{Value, json};
+use protocol::{Decoder, Error, Handshake, Item, Limits, Map, ParseError, Progress};
+use serde_json::Value;
 
 use super::command::{Command, FILE_REPLY_MAX, Kind, REPLY_MAX};
 use super::freeze::Freezes;
-use super::in_flight::{Asker, Ending, InFlight};
+use super::in_flight::{Asker, Ending, InFlight, Probe};
+use super::out_of_band::{Ability, Answered, OutOfBand};
 use super::outbox::Outbox;
 use super::{AgentStatus, ChannelConfig, Client};
 
@@ -48,6 +55,8 @@ const PIECE: usize = 16 << 10;
 const SYNC_RETRY: Duration = Duration::from_secs(5);
 const SYNC_RETRY_MAX: Duration = Duration::from_secs(60);
 
+mod turns;
+
 /// What became of a request.
 #[derive(Debug)]
 pub(super) struct Outcome {
@@ -57,10 +66,11 @@ pub(super) struct Outcome {
     pub(super) result: Option<Result<Value, Error>>,
 }
 
+/// A request that has not been sent, or may have to be sent again.
 #[derive(Debug)]
-struct Queued {
-    client: Client,
-    command: Command,
+pub(super) struct Queued {
+    pub(super) client: Client,
+    pub(super) command: Command,
     arrived: Instant,
 }
 
@@ -82,6 +92,7 @@ pub(super) struct Broker {
     /// Bytes of a message of the guest that has not ended yet.
     unfinished: usize,
     outbox: Outbox,
+    out_of_band: OutOfBand,
     tokens: RandomState,
     tokens_used: u64,
     // The clients' side.
@@ -104,6 +115,7 @@ impl Broker {
             decoder: Decoder::new(GUEST_LIMITS),
             unfinished: 0,
             outbox: Outbox::default(),
+            out_of_band: OutOfBand::new(),
             tokens: RandomState::new(),
             tokens_used: 0,
             queue: VecDeque::new(),
@@ -130,6 +142,7 @@ impl Broker {
     /// A client is gone; `informed` if it can have read all its answers. Its outcome is dropped.
     pub(super) fn client_gone(&mut self, client: Client, informed: bool, now: Instant) {
         self.queue.retain(|queued| queued.client != client);
+        self.out_of_band.client_gone(client);
         let outcomes = self.outcomes.len();
         self.outcomes.retain(|outcome| outcome.client != client);
         let informed = informed && outcomes == self.outcomes.len();
@@ -167,6 +180,8 @@ impl Broker {
             let ending = request.lost(text);
             self.end(&request, ending, now);
         }
+        self.ask_again_in_turn();
+        self.out_of_band.forget_agent();
     }
 
     /// The guest starts again from nothing: its filesystems are not frozen any more.
@@ -225,6 +240,7 @@ impl Broker {
                 Link::Syncing { .. } => REPLY_MAX,
                 Link::Idle | Link::Closed => UNASKED_MAX,
             };
+            let limit = if self.out_of_band.is_empty() { limit } else { limit.max(REPLY_MAX) };
             if self.unfinished > limit {
                 self.too_long(now);
             }
@@ -232,6 +248,13 @@ impl Broker {
     }
 
     fn on_item(&mut self, item: Item, now: Instant) {
+        let item = match item {
+            Item::Value(message) => match self.out_of_band.answered(message) {
+                Ok(answer) => return self.on_answer_out_of_band(answer, now),
+                Err(message) => Item::Value(message),
+            },
+            item => item,
+        };
         match &mut self.link {
             Link::Closed => {}
             Link::Syncing { handshake, .. } => {
@@ -246,6 +269,10 @@ impl Broker {
             Link::Idle => match item {
                 Item::Sentinel => {}
                 Item::Error(_) => self.malformed += 1,
+                // To a question that is no longer waited for.
+                Item::Value(message) if message.get("id").is_some_and(|id| !id.is_null()) => {
+                    self.malformed += 1;
+                }
                 Item::Value(_) => {
                     // An answer to nothing: the next one may be late as well.
                     self.malformed += 1;
@@ -269,6 +296,22 @@ impl Broker {
         }
     }
 
+    fn on_answer_out_of_band(&mut self, answer: Answered, now: Instant) {
+        if let Link::Busy(request) = &mut self.link {
+            request.marked = false;
+        }
+        if let Some(Queued { client, command, .. }) = answer.request {
+            if command.kind == Kind::Status
+                && !answer.outdated
+                && let Ok(status) = &answer.result
+            {
+                self.freezes.status_answered(status);
+            }
+            self.outcomes.push(Outcome { client, result: Some(answer.result) });
+        }
+        self.pump(now);
+    }
+
     fn too_long(&mut self, now: Instant) {
         self.malformed += 1;
         self.decoder.reset();
@@ -285,35 +328,32 @@ impl Broker {
 
     // ---- One command ----
 
-    /// Sends the next command, if the guest can take one.
-    fn pump(&mut self, now: Instant) {
-        if !matches!(self.link, Link::Idle) || self.stopped_since.is_some() {
-            return;
-        }
-        if self.freezes.is_due(self.guest_time(now)) {
-            tracing::warn!("The client that froze the guest is gone, thawing in its place");
-            self.dispatch(Asker::Broker, Command::thaw(), now);
-        } else if let Some(Queued { client, command, .. }) = self.queue.pop_front() {
-            self.dispatch(Asker::Client(client), command, now);
-        }
-    }
-
     fn dispatch(&mut self, asker: Asker, mut command: Command, now: Instant) {
         let timeout = match command.kind {
             Kind::Freeze | Kind::Trim => self.config.freeze_timeout,
             Kind::Thaw => self.config.thaw_timeout,
-            Kind::Ordinary | Kind::Status | Kind::Sync(_) | Kind::NoReply => self.config.timeout,
+            Kind::Info if asker == Asker::Broker => self.config.hold,
+            Kind::Ordinary | Kind::Status | Kind::Info | Kind::Sync(_) | Kind::NoReply => self.config.timeout,
         };
-        let probe = (command.kind == Kind::NoReply).then(|| self.token());
+        if matches!(command.kind, Kind::Freeze | Kind::Thaw) {
+            self.out_of_band.freeze_changes();
+        }
         let mut line = std::mem::take(&mut command.line);
-        if let Some(token) = probe {
-            let arguments = Map::from_iter([("id".to_owned(), json!(token))]);
-            // Without the usual 0xFF before it: that would be answered, too, by an error.
-            line.extend_from_slice(request_line("guest-sync-delimited", Some(arguments), None).as_bytes());
+        let probe = (command.kind == Kind::NoReply).then(|| self.probe());
+        if let Some(probe) = probe {
+            line.extend_from_slice(probe.line().as_bytes());
         }
         self.outbox.command(line);
         let deadline = self.guest_time(now) + timeout;
         self.link = Link::Busy(InFlight::new(asker, command, deadline, probe));
+    }
+
+    fn probe(&mut self) -> Probe {
+        let token = self.token();
+        match self.out_of_band.ability() {
+            Ability::Present => Probe::Ping(token),
+            Ability::Absent | Ability::Unknown => Probe::Sync(token),
+        }
     }
 
     /// The command in the guest has ended.
@@ -322,21 +362,33 @@ impl Broker {
         let answered = matches!(ending, Ending::Answered(_));
         let unknown = matches!(ending, Ending::Unknown(_));
         self.end(&request, ending, now);
-        match request.probe {
-            // The answer to the probe is still to come.
-            Some(token) if answered && !self.outbox.holds_command() => {
-                let again = self.guest_time(now) + SYNC_RETRY;
+        let guest_time = self.guest_time(now);
+        // Its answer is still to come.
+        let probe = request.probe.filter(|_| answered);
+        match probe {
+            _ if unknown || self.outbox.holds_command() => self.resync(now),
+            Some(Probe::Sync(token)) => {
+                let again = guest_time + SYNC_RETRY;
                 self.unready_since.get_or_insert(now);
                 self.link = Link::Syncing { handshake: Handshake::new(token), again, wait: SYNC_RETRY };
             }
-            _ if unknown || self.outbox.holds_command() => self.resync(now),
-            _ => self.pump(now),
+            Some(Probe::Ping(id)) if self.out_of_band.has_room() => {
+                self.out_of_band.expect(id, None, guest_time + self.config.timeout, true);
+                self.pump(now);
+            }
+            Some(Probe::Ping(_)) => self.resync(now),
+            None => self.pump(now),
         }
     }
 
     /// Tells the client, and keeps the books on freezes.
     fn end(&mut self, request: &InFlight, ending: Ending, now: Instant) {
         self.freezes.command_ended(request, &ending, self.guest_time(now));
+        match (request.kind, &ending) {
+            (Kind::Info, Ending::Answered(Ok(info))) => self.out_of_band.learn(Some(info)),
+            (Kind::Info, _) if request.asker == Asker::Broker => self.out_of_band.learn(None),
+            _ => {}
+        }
         if let Asker::Client(client) = request.asker {
             let result = match ending {
                 Ending::Answered(result) => Some(result),
@@ -357,6 +409,7 @@ impl Broker {
     /// Asks the agent for a token; what has not been sent is dropped, and the agent told to forget what it
     /// has of it.
     fn sync(&mut self, wait: Duration, now: Instant) {
+        self.ask_again_in_turn();
         let handshake = Handshake::new(self.token());
         self.outbox.clear();
         self.outbox.command(handshake.request());
@@ -390,7 +443,8 @@ impl Broker {
                 Link::Idle => self.freezes.deadline(),
             }
         };
-        let guest = guest.map(|deadline| deadline + self.stood_still);
+        let asked = self.out_of_band.deadline().filter(|_| self.stopped_since.is_none());
+        let guest = guest.into_iter().chain(asked).min().map(|deadline| deadline + self.stood_still);
         let held = self.queue.iter().filter_map(|queued| self.held_until(queued)).min();
         guest.into_iter().chain(held).min()
     }
@@ -402,6 +456,10 @@ impl Broker {
             return;
         }
         let guest_time = self.guest_time(now);
+        for Queued { client, command, .. } in self.out_of_band.take_overdue(guest_time) {
+            let text = format!("Guest agent did not answer '{}' in time", command.name);
+            self.outcomes.push(Outcome { client, result: Some(Err(Error::generic(text))) });
+        }
         match &self.link {
             Link::Syncing { again, wait, .. } if *again <= guest_time => {
                 let wait = (*wait * 2).min(SYNC_RETRY_MAX);
@@ -421,36 +479,15 @@ impl Broker {
         }
     }
 
-    /// How long a request may wait for the guest to be there; `None` while it is.
-    fn held_until(&self, queued: &Queued) -> Option<Instant> {
-        let in_step = matches!(self.link, Link::Idle | Link::Busy(_));
-        if in_step && self.stopped_since.is_none() {
-            return None;
-        }
-        let since = self.unready_since.map_or(queued.arrived, |since| since.max(queued.arrived));
-        Some(since + self.config.hold)
-    }
-
-    fn refuse_held(&mut self, now: Instant) {
-        let text = match self.link {
-            Link::Closed => "Guest agent is not connected",
-            _ if self.stopped_since.is_some() => "Guest agent cannot answer: the virtual machine is stopped",
-            _ => "Guest agent is not responding",
-        };
-        for queued in std::mem::take(&mut self.queue) {
-            if self.held_until(&queued).is_some_and(|until| until <= now) {
-                let result = Some(Err(Error::generic(text)));
-                self.outcomes.push(Outcome { client: queued.client, result });
-            } else {
-                self.queue.push_back(queued);
-            }
-        }
-    }
-
     pub(super) fn status(&self, now: Instant) -> AgentStatus {
         AgentStatus {
             connected: !matches!(self.link, Link::Closed),
             in_sync: matches!(self.link, Link::Idle | Link::Busy(_)),
+            out_of_band: match self.out_of_band.ability() {
+                Ability::Unknown => None,
+                Ability::Absent => Some(false),
+                Ability::Present => Some(true),
+            },
             frozen: self.freezes.status(self.guest_time(now)),
             automatic_thaws: self.freezes.automatic_thaws(),
             malformed_replies: self.malformed,

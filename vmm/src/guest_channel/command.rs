@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use protocol::{Error, Map, request_line};
-use serde_json::Value;
+use protocol::{Error, Map, encode, request_line};
+use serde_json::{Value, json};
 
 use super::ChannelConfig;
 
@@ -22,6 +22,8 @@ pub(super) enum Kind {
     Thaw,
     /// Tells whether they are frozen.
     Status,
+    /// Tells what the agent can do.
+    Info,
     /// Answered with this token.
     Sync(i64),
     /// Answered when the guest's storage is done with it, which may take long.
@@ -37,6 +39,8 @@ pub(super) struct Command {
     pub(super) kind: Kind,
     /// The request as it goes to the guest, without an id: old agents refuse one.
     pub(super) line: Vec<u8>,
+    /// Its arguments, if it may be asked out of band.
+    pub(super) overtaking: Option<Map>,
     /// How long a freeze outlives its client; `None` is for ever.
     pub(super) grace: Option<Duration>,
     /// Longest answer, in bytes.
@@ -58,20 +62,52 @@ impl Command {
             grace = explicit_grace(&value)?;
         }
         let reply_max = reply_max(&name, &arguments);
+        let simple = is_simple(&name).then(|| arguments.clone());
         let arguments = if arguments.is_empty() { None } else { Some(arguments) };
         let line = request_line(&name, arguments, None).into_bytes();
+        let overtaking = simple.filter(|_| line.len() <= OVERTAKING_MAX);
         if line.len() > REQUEST_MAX {
             return Err(Error::generic(format!("Request is longer than {REQUEST_MAX} bytes")));
         }
-        Ok(Self { name, kind, line, grace, reply_max })
+        Ok(Self { name, kind, line, overtaking, grace, reply_max })
     }
 
     /// The thaw that the broker sends when nobody else does.
     pub(super) fn thaw() -> Self {
-        let name = "guest-fsfreeze-thaw".to_owned();
-        let line = request_line(&name, None, None).into_bytes();
-        Self { name, kind: Kind::Thaw, line, grace: None, reply_max: REPLY_MAX }
+        Self::of_broker("guest-fsfreeze-thaw", Kind::Thaw)
     }
+
+    /// The broker's own question to the agent, what it can do.
+    pub(super) fn info() -> Self {
+        Self::of_broker("guest-info", Kind::Info)
+    }
+
+    fn of_broker(name: &str, kind: Kind) -> Self {
+        let line = request_line(name, None, None).into_bytes();
+        Self { name: name.into(), kind, line, overtaking: None, grace: None, reply_max: REPLY_MAX }
+    }
+
+    /// The request as it goes to the guest out of band.
+    pub(super) fn out_of_band_line(&self, id: i64) -> Vec<u8> {
+        let mut request = json!({"exec-oob": self.name, "id": id});
+        if let Some(arguments) = self.overtaking.as_ref().filter(|arguments| !arguments.is_empty()) {
+            request["arguments"] = Value::Object(arguments.clone());
+        }
+        (encode(&request) + "\n").into_bytes()
+    }
+}
+
+/// Whether the agent need not do anything to answer.
+fn is_simple(name: &str) -> bool {
+    matches!(
+        name,
+        "guest-ping"
+            | "guest-info"
+            | "guest-sync"
+            | "guest-sync-delimited"
+            | "guest-fsfreeze-status"
+            | "tarn-fsfreeze-report"
+    )
 }
 
 fn kind(name: &str, arguments: &Map) -> Kind {
@@ -82,6 +118,7 @@ fn kind(name: &str, arguments: &Map) -> Kind {
         "guest-fsfreeze-freeze" | "guest-fsfreeze-freeze-list" | "tarn-fsfreeze-freeze" => Kind::Freeze,
         "guest-fsfreeze-thaw" | "tarn-fsfreeze-thaw" => Kind::Thaw,
         "guest-fsfreeze-status" => Kind::Status,
+        "guest-info" => Kind::Info,
         "guest-fstrim" => Kind::Trim,
         "guest-shutdown" | "guest-suspend-disk" | "guest-suspend-ram" | "guest-suspend-hybrid" => {
             Kind::NoReply
@@ -103,6 +140,8 @@ fn explicit_grace(value: &Value) -> Result<Option<Duration>, Error> {
 
 /// Longest request, as the guest sees it: what the reference agent takes.
 const REQUEST_MAX: usize = 64 << 20;
+/// Longest request that is asked out of band.
+const OVERTAKING_MAX: usize = 4 << 10;
 /// Longest answer to most commands: what libvirt reads.
 pub(super) const REPLY_MAX: usize = 10 << 20;
 /// Longest answer at all: 48 MiB of file (the reference agent's limit) in base64, and its envelope.

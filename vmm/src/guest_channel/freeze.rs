@@ -21,9 +21,23 @@
 //!   the answer never came (timeout, agent died). Such a freeze is undone at once.
 //! * Time stands still while the VM does. A thaw that fails is tried again until one succeeds.
 //!
+//! An agent may have a lease of its own on freezes, for the day when the whole VMM is dead: `tarn-lease-ms`, which
+//! goes through to it with the freeze. Nothing here renews that by itself: being connected is not being
+//! alive.
+//!
+//! * The owner of a freeze renews the lease by asking for `guest-fsfreeze-status`.
+//! * The same question from anybody else, a program that polls for instance, must not keep a guest frozen whose
+//!   owner is gone or hangs. So it is asked out of band, which does not renew.
+//! * That the lease ran out shows in the next status, whoever asks, or in a thaw that finds nothing to do.
+//!   Then the snapshot that was to be taken is void: it is logged and counted with the automatic thaws. A
+//!   status from out of band is believed only if it does not speak of a time in which something was being
+//!   frozen or thawed.
+//!
 //! [`ChannelConfig::thaw_grace`]: super::ChannelConfig::thaw_grace
 
 use std::time::{Duration, Instant};
+
+use serde_json::Value;
 
 use super::command::Kind;
 use super::in_flight::{Asker, Ending, InFlight};
@@ -51,11 +65,13 @@ impl Freezes {
                 });
             }
             (Kind::Freeze, Ending::Unknown(_)) => self.in_force = Some(Freeze::unknown(now)),
-            (Kind::Thaw, Ending::Answered(Ok(_))) => {
+            (Kind::Thaw, Ending::Answered(Ok(count))) => {
+                let known = self.in_force.take().is_some_and(|freeze| freeze.is_known);
                 if request.asker == Asker::Broker {
                     self.automatic_thaws += 1;
+                } else if known && count.as_i64() == Some(0) {
+                    self.thawed_in_guest();
                 }
-                self.in_force = None;
             }
             (Kind::Thaw, _) if request.asker == Asker::Broker => {
                 tracing::warn!("The thaw failed, trying again");
@@ -63,9 +79,41 @@ impl Freezes {
                     freeze.thaw_failed(now);
                 }
             }
-            (Kind::Status, Ending::Answered(Ok(status))) if status == "thawed" => self.in_force = None,
+            (Kind::Status, Ending::Answered(Ok(status))) => self.status_answered(status),
             _ => {}
         }
+    }
+
+    /// What the guest says about itself, when it has neither a freeze nor a thaw to do.
+    pub(super) fn status_answered(&mut self, status: &Value) {
+        if status == "thawed"
+            && let Some(freeze) = self.in_force.take()
+            && freeze.is_known
+        {
+            self.thawed_in_guest();
+        }
+    }
+
+    fn thawed_in_guest(&mut self) {
+        tracing::warn!(
+            "The guest is thawed, and no client did it: its agent's lease ran out, or somebody in it did"
+        );
+        self.automatic_thaws += 1;
+    }
+
+    /// Whether what is in force, if anything is, is what the guest said it is.
+    pub(super) fn is_certain(&self) -> bool {
+        self.in_force.as_ref().is_none_or(|freeze| freeze.is_known)
+    }
+
+    /// Whether this client froze the guest.
+    pub(super) fn is_owner(&self, client: Client) -> bool {
+        self.in_force.as_ref().is_some_and(|freeze| freeze.owner == Some(client))
+    }
+
+    /// Whether the guest is frozen, as far as is known here.
+    pub(super) fn is_frozen(&self) -> bool {
+        self.in_force.is_some()
     }
 
     /// A client is gone; `informed` if it can have read all its answers.
@@ -94,7 +142,7 @@ impl Freezes {
         self.in_force.as_ref().map(|freeze| freeze.status(now))
     }
 
-    /// Freezes that ended because nobody was there to thaw.
+    /// Freezes that ended otherwise than by a client's thaw.
     pub(super) fn automatic_thaws(&self) -> u64 {
         self.automatic_thaws
     }
@@ -109,17 +157,19 @@ struct Freeze {
     /// When to thaw.
     thaw_at: Option<Instant>,
     retry: Duration,
+    /// The guest said that it is frozen.
+    is_known: bool,
 }
 
 impl Freeze {
     /// A freeze that its client knows of.
     fn owned(owner: Client, grace: Option<Duration>) -> Self {
-        Self { owner: Some(owner), grace, thaw_at: None, retry: RETRY }
+        Self { owner: Some(owner), grace, thaw_at: None, retry: RETRY, is_known: true }
     }
 
     /// A freeze that nobody knows of.
     fn unknown(now: Instant) -> Self {
-        Self { owner: None, grace: None, thaw_at: Some(now), retry: RETRY }
+        Self { owner: None, grace: None, thaw_at: Some(now), retry: RETRY, is_known: false }
     }
 
     /// A client is gone; `informed` if it can have read all its answers.

@@ -9,7 +9,8 @@
 //!
 //! Each connection to `agent.sock` speaks the guest agent's protocol, unchanged, as if it had the agent for
 //! itself. The broker frames requests, so that half a message stays with the client that sent it; gives
-//! them to the agent one at a time; gives each answer to the client that asked, with its id, in order; and
+//! them to the agent one at a time, except for what an agent answers beside its work (ping, info, sync, status)
+//! if it is one that does; gives each answer to the client that asked, with its id, in order; and
 //! drops the answers of clients that left. The monitor's `guest-*` commands are clients like any other.
 //!
 //! What a client finds different from an agent of its own: answers come with the `id` even from agents that
@@ -31,6 +32,7 @@ mod client;
 mod command;
 mod freeze;
 mod in_flight;
+mod out_of_band;
 mod outbox;
 
 #[cfg(test)]
@@ -90,9 +92,12 @@ pub struct AgentStatus {
     pub connected: bool,
     /// The agent has answered since then, and what it sends next answers what it is asked next.
     pub in_sync: bool,
+    /// The agent answers simple questions while a command runs; `None` as long as nobody needed to know.
+    pub out_of_band: Option<bool>,
     /// The guest's filesystems are frozen, as far as this side knows.
     pub frozen: Option<FreezeStatus>,
-    /// Freezes that ended because nobody was there to thaw.
+    /// Freezes that ended otherwise than by a client's thaw: the channel thawed in the place of one that was
+    /// gone, or the guest turned out to be thawed, as when the lease of its agent runs out.
     pub automatic_thaws: u64,
     /// Messages from the guest that answered nothing or were none.
     pub malformed_replies: u64,

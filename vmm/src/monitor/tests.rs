@@ -60,6 +60,7 @@ impl Vm for FakeVm {
         AgentStatus {
             connected: true,
             in_sync: true,
+            out_of_band: Some(true),
             frozen: Some(frozen),
             automatic_thaws: 2,
             malformed_replies: 0,

@@ -9,48 +9,57 @@ use super::super::broker::{Broker, Outcome};
 use super::super::{ChannelConfig, Client};
 use super::{Random, Wire, arguments, marked_reply, reply};
 
-const A: Client = Client::Socket(1);
-const B: Client = Client::Socket(2);
-const M: Client = Client::Monitor(1);
-const SECOND: Duration = Duration::from_secs(1);
+pub(super) const A: Client = Client::Socket(1);
+pub(super) const B: Client = Client::Socket(2);
+pub(super) const M: Client = Client::Monitor(1);
+pub(super) const SECOND: Duration = Duration::from_secs(1);
 
 /// A broker, and the guest's end of its wire.
-struct Lab {
-    broker: Broker,
-    wire: Wire,
-    now: Instant,
+pub(super) struct Lab {
+    pub(super) broker: Broker,
+    pub(super) wire: Wire,
+    pub(super) now: Instant,
 }
 
 impl Lab {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let broker = Broker::new(ChannelConfig::default());
         Self { broker, wire: Wire::new(), now: Instant::now() }
     }
 
-    /// A broker in step with its agent.
+    /// A broker in step with an agent of the old kind.
     fn in_step() -> Self {
+        Self::with_agent(&["guest-ping"])
+    }
+
+    /// A broker in step with an agent that it knows to have these commands.
+    pub(super) fn with_agent(commands: &[&str]) -> Self {
         let mut lab = Self::new();
         lab.broker.port_opened(lab.now);
         lab.answer_sync();
+        lab.ask(M, "guest-info", json!({}));
+        assert_eq!(lab.command(), "guest-info");
+        lab.say(&reply(&info(commands)));
+        assert_eq!(lab.outcomes().len(), 1);
         lab
     }
 
     /// What has been sent to the guest since.
-    fn sent(&mut self) -> Vec<Value> {
+    pub(super) fn sent(&mut self) -> Vec<Value> {
         let bytes = self.broker.to_guest().to_vec();
         self.broker.sent_to_guest(bytes.len());
         self.wire.requests(&bytes)
     }
 
     /// As [`sent`](Self::sent), for a wire from which bytes were lost.
-    fn sent_lossy(&mut self) -> Vec<Value> {
+    pub(super) fn sent_lossy(&mut self) -> Vec<Value> {
         let bytes = self.broker.to_guest().to_vec();
         self.broker.sent_to_guest(bytes.len());
         let items = Wire::new().items(&bytes).into_iter();
         items.filter_map(|item| if let Item::Value(value) = item { Some(value) } else { None }).collect()
     }
 
-    fn answer_sync(&mut self) {
+    pub(super) fn answer_sync(&mut self) {
         let sent = self.sent();
         assert_eq!(sent.len(), 1, "{sent:?}");
         assert_eq!(sent[0]["execute"], "guest-sync-delimited");
@@ -58,16 +67,16 @@ impl Lab {
         assert!(self.broker.status(self.now).in_sync);
     }
 
-    fn say(&mut self, bytes: &[u8]) {
+    pub(super) fn say(&mut self, bytes: &[u8]) {
         self.broker.receive(bytes, self.now);
     }
 
-    fn ask(&mut self, client: Client, name: &str, args: Value) {
+    pub(super) fn ask(&mut self, client: Client, name: &str, args: Value) {
         self.broker.request(client, name.into(), arguments(args), self.now);
     }
 
     /// Lets time pass, waking the broker when it wants to.
-    fn pass(&mut self, time: Duration) {
+    pub(super) fn pass(&mut self, time: Duration) {
         let end = self.now + time;
         while let Some(deadline) = self.broker.next_deadline().filter(|deadline| *deadline <= end) {
             self.now = self.now.max(deadline);
@@ -77,7 +86,7 @@ impl Lab {
         self.now = end;
     }
 
-    fn outcomes(&mut self) -> Vec<(Client, Option<Result<Value, String>>)> {
+    pub(super) fn outcomes(&mut self) -> Vec<(Client, Option<Result<Value, String>>)> {
         let plain = |Outcome { client, result }| {
             (client, result.map(|result: Result<Value, Error>| result.map_err(|error| error.desc)))
         };
@@ -85,24 +94,24 @@ impl Lab {
     }
 
     /// The command that is with the guest now, which must be the only thing sent.
-    fn command(&mut self) -> String {
+    pub(super) fn command(&mut self) -> String {
         let sent = self.sent();
         assert_eq!(sent.len(), 1, "{sent:?}");
         sent[0]["execute"].as_str().unwrap().to_owned()
     }
 
-    fn freeze(&mut self, client: Client, args: Value) {
+    pub(super) fn freeze(&mut self, client: Client, args: Value) {
         self.ask(client, "guest-fsfreeze-freeze", args);
         assert_eq!(self.command(), "guest-fsfreeze-freeze");
         self.say(&reply(&json!(2)));
         assert_eq!(self.outcomes(), [(client, Some(Ok(json!(2))))]);
     }
 
-    fn is_frozen(&self) -> bool {
+    pub(super) fn is_frozen(&self) -> bool {
         self.broker.status(self.now).frozen.is_some()
     }
 
-    fn expect_automatic_thaw(&mut self) {
+    pub(super) fn expect_automatic_thaw(&mut self) {
         let before = self.broker.status(self.now).automatic_thaws;
         assert_eq!(self.command(), "guest-fsfreeze-thaw");
         self.say(&reply(&json!(2)));
@@ -112,7 +121,13 @@ impl Lab {
     }
 }
 
-fn failed(text: &str) -> Option<Result<Value, String>> {
+/// What `guest-info` returns.
+pub(super) fn info(commands: &[&str]) -> Value {
+    let commands: Vec<_> = commands.iter().map(|name| json!({"name": name, "enabled": true})).collect();
+    json!({"version": "1", "supported_commands": commands})
+}
+
+pub(super) fn failed(text: &str) -> Option<Result<Value, String>> {
     Some(Err(text.into()))
 }
 

@@ -16,6 +16,7 @@ pub(super) const COMMANDS: &[Command] = &[Command {
 static AGENT_INFO: Object = Object::new(&[
     required("connected", Type::Bool),
     required("in-sync", Type::Bool),
+    optional("out-of-band", Type::Bool),
     required("frozen", Type::Bool),
     optional("frozen-by", Type::Str),
     optional("thaw-in-ms", Type::Int),
@@ -32,6 +33,9 @@ fn query_agent(call: &mut Call<'_>) -> Result<Value, Error> {
         "automatic-thaws": status.automatic_thaws,
         "malformed-replies": status.malformed_replies,
     });
+    if let Some(out_of_band) = status.out_of_band {
+        info["out-of-band"] = out_of_band.into();
+    }
     if let Some(frozen) = status.frozen {
         if let Some(by) = frozen.by {
             info["frozen-by"] = by.into();
