@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::fmt::Arguments;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
@@ -18,20 +18,34 @@ const HELD_LINES: usize = 256;
 struct Log {
     /// Standard error if absent.
     file: Option<File>,
+    /// To be opened after the thaw.
+    deferred: Option<PathBuf>,
     verbose: bool,
     /// Present while frozen.
     held: Option<VecDeque<String>>,
 }
 
-static LOG: Mutex<Log> = Mutex::new(Log { file: None, verbose: false, held: None });
+static LOG: Mutex<Log> = Mutex::new(Log { file: None, deferred: None, verbose: false, held: None });
 
 /// Appends to `path`, or writes to standard error.
 pub(crate) fn start(path: Option<&Path>, verbose: bool) -> io::Result<()> {
-    let file = path.map(|path| OpenOptions::new().append(true).create(true).open(path)).transpose()?;
+    let file = path.map(open).transpose()?;
     let mut log = LOG.lock();
     log.file = file;
     log.verbose = verbose;
     Ok(())
+}
+
+/// Leaves the opening to [`release`]: the filesystem of `path` may be frozen. What comes before [`hold`] goes to
+/// standard error.
+pub(crate) fn start_frozen(path: Option<&Path>, verbose: bool) {
+    let mut log = LOG.lock();
+    log.deferred = path.map(Path::to_owned);
+    log.verbose = verbose;
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().append(true).create(true).open(path)
 }
 
 /// Something did not work.
@@ -57,9 +71,17 @@ pub(crate) fn hold() {
     LOG.lock().held.get_or_insert_default();
 }
 
-/// Writes what was held and goes back to writing at once.
+/// Opens the file if that was deferred, writes what was held and goes back to writing at once.
 pub(crate) fn release() {
     let mut log = LOG.lock();
+    if let Some(path) = log.deferred.take() {
+        match open(&path) {
+            Ok(file) => log.file = Some(file),
+            Err(error) => {
+                log.line("error", format_args!("Cannot open the log file {}: {error}", path.display()));
+            }
+        }
+    }
     for line in log.held.take().unwrap_or_default() {
         log.write(&line);
     }
@@ -93,6 +115,7 @@ impl Log {
 mod tests {
     use super::*;
 
+    // One test, for there is one log.
     #[test]
     fn lines_are_held_while_frozen_and_written_after() {
         let directory = tempfile::tempdir().unwrap();
@@ -111,5 +134,14 @@ mod tests {
         assert_eq!(lines.len(), HELD_LINES + 1);
         assert!(lines[0].ends_with("error: number 44"), "{}", lines[0]);
         assert!(lines[HELD_LINES].ends_with("warning: now"));
+
+        let path = directory.path().join("later");
+        start_frozen(Some(&path), false);
+        hold();
+        error(format_args!("early"));
+        assert!(!path.exists(), "opened while frozen");
+        release();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.ends_with("error: early\n"), "{text}");
     }
 }

@@ -16,9 +16,11 @@
 //! without a timer. Replies leave in the order of the requests.
 
 mod access;
+mod activation;
 mod agent;
 mod channel;
 mod commands;
+mod daemon;
 mod dispatch;
 mod freeze;
 mod guest;
@@ -26,15 +28,20 @@ mod inheritance;
 mod init;
 mod log;
 mod options;
+mod pidfile;
 mod poller;
 mod schema;
 mod server;
 mod signals;
 mod worker;
 
+use std::fs;
+use std::io::{self, ErrorKind, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use options::Parsed;
+use daemon::Fork;
+use options::{Options, OptionsError, Parsed};
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
@@ -42,31 +49,88 @@ fn main() -> ExitCode {
     if init::is_wanted(&name) {
         return init::run();
     }
-    match options::parse(arguments) {
-        Ok(Parsed::Print(text)) => {
-            println!("{text}");
-            ExitCode::SUCCESS
-        }
-        Ok(Parsed::Run(options)) => run(options),
+    match options::parse(arguments, std::env::var_os("QGA_CONF")) {
+        Ok(Parsed::Print(text)) => match io::stdout().write_all(&text) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        },
+        Ok(Parsed::Run(options)) => match run(*options) {
+            Ok(code) => code,
+            Err(error) => {
+                log::error(format_args!("{}", chain(&error)));
+                ExitCode::FAILURE
+            }
+        },
         Err(error) => {
-            println!("{error}");
-            println!("{}", options::HINT);
+            eprintln!("tarn-agent: {}", chain(&error));
+            if let OptionsError::CommandLine(_) = error {
+                println!("Unknown option, try 'tarn-agent --help' for more information.");
+            }
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(options: options::Options) -> ExitCode {
-    if let Err(error) = log::start(options.logfile.as_deref(), options.verbose) {
-        eprintln!("Cannot open the log file: {error}");
-        return ExitCode::FAILURE;
-    }
-    match server::run(options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            log::error(format_args!("{}", chain(&error)));
-            ExitCode::FAILURE
+/// Why the agent does not run, or ran to a bad end.
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error("Cannot go to the background")]
+    Daemon(#[source] io::Error),
+    #[error("Failed to load persistent state: {0}")]
+    State(PathBuf, #[source] io::Error),
+    #[error("Unable to open specified log file {0}")]
+    Log(PathBuf, #[source] io::Error),
+    #[error("Cannot create the pid file {0}")]
+    PidFile(PathBuf, #[source] io::Error),
+    #[error(transparent)]
+    Activation(#[from] activation::ActivationError),
+    #[error(transparent)]
+    Serve(#[from] server::ServeError),
+}
+
+fn run(mut options: Options) -> Result<ExitCode, RunError> {
+    let socket = activation::socket()?;
+    let mut daemon = None;
+    if options.daemon {
+        options.make_absolute().map_err(RunError::Daemon)?;
+        match daemon::fork().map_err(RunError::Daemon)? {
+            Fork::Parent(code) => return Ok(code),
+            Fork::Daemon(child) => daemon = Some(child),
         }
+    }
+    open_files(&options)?;
+    let server = server::start(options, socket)?;
+    if let Some(daemon) = daemon {
+        daemon.ready().map_err(RunError::Daemon)?;
+    }
+    server.run()?;
+    pidfile::remove();
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Log and pid file: now, or after the thaw if a former agent has left filesystems frozen.
+fn open_files(options: &Options) -> Result<(), RunError> {
+    let Options { statedir, logfile, verbose, daemon, pidfile, .. } = options;
+    let pidfile = Some(pidfile).filter(|_| *daemon);
+    if is_left_frozen(statedir)? {
+        log::start_frozen(logfile.as_deref(), *verbose);
+        pidfile.into_iter().for_each(|path| pidfile::defer(path));
+        return Ok(());
+    }
+    if let Some(path) = pidfile {
+        pidfile::create(path).map_err(|error| RunError::PidFile(path.clone(), error))?;
+    }
+    let named = || logfile.clone().unwrap_or_default();
+    log::start(logfile.as_deref(), *verbose).map_err(|error| RunError::Log(named(), error))
+}
+
+/// Whether a former agent ended in the frozen state. Nothing but stat(2) is safe to find out.
+fn is_left_frozen(statedir: &Path) -> Result<bool, RunError> {
+    fs::metadata(statedir).map_err(|error| RunError::State(statedir.to_owned(), error))?;
+    match fs::symlink_metadata(statedir.join("qga.state.isfrozen")) {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(false),
+        // If it cannot be told, a thaw does no harm.
+        _ => Ok(true),
     }
 }
 

@@ -12,6 +12,7 @@
 //! So replies keep the order of requests, and yet a host can always find out whether the agent is there.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -46,10 +47,10 @@ pub(crate) enum ServeError {
     Wait(#[source] io::Error),
 }
 
-/// Serves until SIGTERM or SIGINT. Filesystems that are still frozen then are thawed first: nobody
-/// else would.
-pub(crate) fn run(options: Options) -> Result<(), ServeError> {
-    let Options { method, path, statedir, logfile: _, verbose: _, access, freeze: _ } = options;
+/// Opens the channel, and serves it nobody yet. A listening socket that was `inherited` counts more than the
+/// address of the options.
+pub(crate) fn start(options: Options, inherited: Option<OwnedFd>) -> Result<Server, ServeError> {
+    let Options { address, statedir, access, .. } = options;
     if let Err(error) = inheritance::keep_from_children() {
         log::warning(format_args!("Children will inherit open descriptors: {error}"));
     }
@@ -60,9 +61,9 @@ pub(crate) fn run(options: Options) -> Result<(), ServeError> {
     let agent = Agent::new(access.clone(), Rc::clone(&poller), Arc::clone(guest.freezer.freezing()));
     let worker = Worker::start(guest, access).map_err(ServeError::SetUp)?;
     poller.add_readable(&worker, Token::Worker).map_err(ServeError::SetUp)?;
-    let channel = Channel::open(method, &path, Rc::clone(&poller)).map_err(ServeError::SetUp)?;
+    let channel = Channel::open(&address, inherited, Rc::clone(&poller)).map_err(ServeError::SetUp)?;
     let sessions = channel.seats().map(|_| Session::default()).collect();
-    Server { signals, poller, channel, agent, worker, sessions, unfinished: true }.run()
+    Ok(Server { signals, poller, channel, agent, worker, sessions, unfinished: true })
 }
 
 /// What one peer waits for.
@@ -92,7 +93,8 @@ impl Session {
     }
 }
 
-struct Server {
+/// The agent at work.
+pub(crate) struct Server {
     // Wiring.
     signals: Signals,
     poller: Rc<Poller>,
@@ -106,7 +108,8 @@ struct Server {
 }
 
 impl Server {
-    fn run(mut self) -> Result<(), ServeError> {
+    /// Serves until SIGTERM or SIGINT. Filesystems that are still frozen then are thawed first: nobody else would.
+    pub(crate) fn run(mut self) -> Result<(), ServeError> {
         log::debug(format_args!("Guest agent {} started", env!("CARGO_PKG_VERSION")));
         loop {
             self.unfinished = false;

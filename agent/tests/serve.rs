@@ -521,11 +521,4 @@ mod tests {
         agent.signal("-TERM");
         assert!(agent.process.wait().unwrap().success());
     }
-
-    #[test]
-    fn bad_options_end_with_status_1_and_a_hint() {
-        let output = Command::new(env!("CARGO_BIN_EXE_tarn-agent")).arg("--nope").output().unwrap();
-        assert_eq!(output.status.code(), Some(1));
-        assert!(String::from_utf8_lossy(&output.stdout).contains("Unknown option '--nope'"));
-    }
 }

@@ -22,6 +22,8 @@ const KEEP_CAPACITY: usize = 64 << 10;
 pub(super) enum Kind {
     /// A port: the same descriptor serves the next peer.
     Port,
+    /// A serial line: nobody can tell who is at the other end, and what hangs up does so for good.
+    Line,
     /// A socket: the client may have shut down its writing half and still wait for replies.
     Socket,
 }
@@ -85,6 +87,10 @@ impl Connection {
             self.readable = true;
             return;
         }
+        if self.kind == Kind::Line {
+            self.ended |= ready.hung_up;
+            return;
+        }
         self.deaf = ready.hung_up;
     }
 
@@ -95,7 +101,7 @@ impl Connection {
                 self.drop_output();
             } else if let Err(error) = self.flush() {
                 match self.kind {
-                    Kind::Port => return Next::Broken(error),
+                    Kind::Port | Kind::Line => return Next::Broken(error),
                     // Requests of a client that is gone are still carried out.
                     Kind::Socket => self.deaf = true,
                 }
@@ -106,6 +112,9 @@ impl Connection {
             }
             if let Some(item) = self.decoder.next_item() {
                 return Next::Item(item);
+            }
+            if self.ended && self.kind == Kind::Line {
+                return Next::Broken(ErrorKind::UnexpectedEof.into());
             }
             if self.ended {
                 return if self.pending() == 0 { Next::HungUp } else { Next::Blocked };
@@ -272,6 +281,20 @@ mod tests {
                 connection.send(&reply);
             }
         }
+    }
+
+    #[test]
+    fn a_line_that_hangs_up_is_lost_after_what_it_still_brought() {
+        let (mut connection, mut client) = pair(Kind::Line);
+        client.write_all(b"{}").unwrap();
+        drop(client);
+        connection.on_ready(Ready { hung_up: true, ..edge() });
+        assert!(matches!(connection.next(), Next::Broken(_)));
+        let (mut connection, mut client) = pair(Kind::Line);
+        client.write_all(b"{}").unwrap();
+        drop(client);
+        assert!(matches!(connection.next(), Next::Item(Item::Value(_))));
+        assert!(matches!(connection.next(), Next::Broken(_)));
     }
 
     #[test]

@@ -6,9 +6,11 @@
 //!                  └────────┘ ◀────────────────────────────────── └──────┘ ◀┘ a request, drop output
 //!                                unplugged: Lost
 //!
+//!  isa-serial      the same, but a line does not tell who is there: a hang-up loses it
+//!
 //!  unix-listen     ┌───────────┐   accept    ┌───────────┐
-//!                  │ free seat │ ──────────▶ │ connected │   up to 8; others wait in the backlog
-//!                  └───────────┘ ◀────────── └───────────┘
+//!  vsock-listen    │ free seat │ ──────────▶ │ connected │   up to 8; others wait in the backlog
+//!  inherited       └───────────┘ ◀────────── └───────────┘
 //!                                 hang-up
 //! ```
 //!
@@ -20,18 +22,19 @@
 mod connection;
 mod listener;
 mod port;
+mod vsock;
 
 use std::io;
-use std::path::Path;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Instant;
 
 use protocol::Item;
 
-use self::connection::{Connection, Next};
+use self::connection::{Connection, Kind, Next};
 use self::listener::Listener;
 use self::port::Port;
-use crate::options::Method;
+use crate::options::Address;
 use crate::poller::{Poller, Ready, Token};
 
 /// Clients of a socket that are served at the same time; others wait in the backlog.
@@ -67,15 +70,30 @@ pub(crate) enum Received {
 }
 
 impl Channel {
-    /// Opens the port, or waits for it; or listens.
+    /// Opens the port, or waits for it; or listens. A socket that was inherited and listens counts more than
+    /// the address.
     ///
     /// # Errors
     ///
     /// Only for what waiting will not mend: a socket that cannot be bound, no descriptors left.
-    pub(crate) fn open(method: Method, path: &Path, poller: Rc<Poller>) -> io::Result<Self> {
-        let (source, seats) = match method {
-            Method::VirtioSerial => (Source::Port(Port::new(path)), 1),
-            Method::UnixListen => (Source::Listener(Listener::bind(path, &poller)?), CLIENTS),
+    pub(crate) fn open(
+        address: &Address,
+        inherited: Option<OwnedFd>,
+        poller: Rc<Poller>,
+    ) -> io::Result<Self> {
+        let source = match (inherited, address) {
+            (Some(socket), _) => Source::Listener(Listener::inherited(socket)),
+            (None, Address::VirtioSerial(path)) => Source::Port(Port::new(path, Kind::Port)),
+            (None, Address::IsaSerial(path)) => Source::Port(Port::new(path, Kind::Line)),
+            (None, Address::UnixListen(path)) => Source::Listener(Listener::unix(path)?),
+            (None, &Address::VsockListen { cid, port }) => Source::Listener(Listener::vsock(cid, port)?),
+        };
+        let seats = match &source {
+            Source::Port(_) => 1,
+            Source::Listener(listener) => {
+                listener.register(&poller)?;
+                CLIENTS
+            }
         };
         let mut channel = Self { source, seats: (0..seats).map(|_| None).collect(), poller };
         channel.connect();
@@ -184,7 +202,8 @@ mod tests {
         // A plain file opens and cannot be waited for.
         let file = tempfile::NamedTempFile::new().unwrap();
         let poller = Rc::new(Poller::new().unwrap());
-        let mut channel = Channel::open(Method::VirtioSerial, file.path(), Rc::clone(&poller)).unwrap();
+        let address = Address::VirtioSerial(file.path().to_owned());
+        let mut channel = Channel::open(&address, None, Rc::clone(&poller)).unwrap();
         for _ in 0..3 {
             assert_eq!(poller.wait(Some(std::time::Duration::ZERO)).unwrap(), []);
             assert!(channel.retry_at().is_some_and(|at| at > Instant::now()));

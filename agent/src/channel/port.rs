@@ -1,4 +1,4 @@
-//! A virtio-serial port that may be absent, or in use by somebody else, for a while or for ever.
+//! A virtio-serial port or a serial line, which may be absent, or in use by somebody else, for a while or for ever.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
@@ -7,6 +7,9 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::fs::{Mode, OFlags};
+use rustix::termios::{
+    ControlModes, InputModes, OptionalActions, QueueSelector, tcflush, tcgetattr, tcsetattr,
+};
 
 use super::connection::{Connection, Kind};
 use crate::poller::{Poller, Token};
@@ -17,7 +20,10 @@ const RETRY_LONGEST: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub(super) struct Port {
+    // Fixed configuration.
     path: PathBuf,
+    kind: Kind,
+    // Volatile state.
     /// Tells when the node appears or its other user closes it; absent while the port is open.
     watch: Option<OwnedFd>,
     retry: Option<Retry>,
@@ -32,8 +38,9 @@ struct Retry {
 }
 
 impl Port {
-    pub(super) fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), watch: None, retry: None, reported: None }
+    /// A port, or a line, by its `kind`.
+    pub(super) fn new(path: &Path, kind: Kind) -> Self {
+        Self { path: path.to_owned(), kind, watch: None, retry: None, reported: None }
     }
 
     pub(super) fn retry_at(&self) -> Option<Instant> {
@@ -45,19 +52,27 @@ impl Port {
         // The watch comes first: what happens between the two is then an event.
         self.watch = None;
         let is_watched = self.watch(poller).is_ok();
-        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        match rustix::fs::open(&self.path, flags, Mode::empty()) {
+        match self.open() {
             Ok(fd) => {
                 crate::log::debug(format_args!("Serving {}", self.path.display()));
-                let Self { path: _, watch, retry, reported } = self;
+                let Self { path: _, kind, watch, retry, reported } = self;
                 (*watch, *retry, *reported) = (None, None, None);
-                Some(Connection::new(fd, Kind::Port))
+                Some(Connection::new(fd, *kind))
             }
             Err(error) => {
-                self.wait_for_another_attempt(&error.into(), is_watched);
+                self.wait_for_another_attempt(&error, is_watched);
                 None
             }
         }
+    }
+
+    fn open(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(&self.path, flags, Mode::empty())?;
+        if self.kind == Kind::Line {
+            set_up_line(&fd)?;
+        }
+        Ok(fd)
     }
 
     /// The open port failed. Another one may come in its place, but not at once: a port that opens and
@@ -106,6 +121,18 @@ impl Port {
     }
 }
 
+/// Bytes as they are at the reference's 38400 baud, whatever the modem lines say; what came before is for nobody.
+fn set_up_line(fd: &OwnedFd) -> io::Result<()> {
+    const BAUD: u32 = 38_400;
+    let mut modes = tcgetattr(fd)?;
+    modes.make_raw();
+    modes.input_modes = InputModes::empty();
+    modes.control_modes = ControlModes::CS8 | ControlModes::CREAD | ControlModes::CLOCAL;
+    modes.set_speed(BAUD)?;
+    tcsetattr(fd, OptionalActions::Now, &modes)?;
+    Ok(tcflush(fd, QueueSelector::IFlush)?)
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -125,7 +152,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let directory = root.path().join("virtio-ports");
         let poller = Poller::new().unwrap();
-        let mut port = Port::new(&directory.join("agent"));
+        let mut port = Port::new(&directory.join("agent"), Kind::Port);
         assert!(port.try_open(&poller).is_none());
         assert_eq!(port.retry_at(), None, "no timer while the node is absent");
         fs::create_dir(&directory).unwrap();
@@ -144,7 +171,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let poller = Poller::new().unwrap();
         // A directory cannot be opened for writing, whoever asks.
-        let mut port = Port::new(root.path());
+        let mut port = Port::new(root.path(), Kind::Port);
         let mut pauses = Vec::new();
         for _ in 0..8 {
             assert!(port.try_open(&poller).is_none());

@@ -7,8 +7,8 @@ use super::errno_text;
 use crate::agent::Agent;
 use crate::freeze::FreezeError;
 use crate::guest::Guest;
-use crate::log;
 use crate::schema::{Command, Run, Type};
+use crate::{log, pidfile};
 
 pub(crate) const COMMANDS: &[Command] = &[
     Command::new("guest-fsfreeze-status", "Whether filesystems are frozen", Run::Prompt(status))
@@ -44,6 +44,7 @@ fn thaw_now(guest: &mut Guest) -> Result<u64, FreezeError> {
     let thawed = guest.freezer.thaw();
     if !guest.freezer.is_frozen() {
         log::release();
+        pidfile::release();
     }
     thawed
 }

@@ -1,30 +1,52 @@
-//! The command line. Names and meanings are qemu-ga's, so that unit files keep working.
+//! What to run with. Names and meanings are qemu-ga's, so that unit files and configurations keep working.
+//!
+//! ```text
+//!   configuration ──▶ config ───────┐
+//!                      keyfile      ├─▶ assignments, in order ──▶ Options ──▶ run, or --dump-conf
+//!   arguments ──────▶ command_line ─┘        the last one counts; lists add up
+//!                      settings: every spelling once
+//! ```
+
+mod command_line;
+mod config;
+mod keyfile;
+mod settings;
 
 use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::access::Access;
+use crate::dispatch;
 
 /// How to reach the host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Method {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Address {
     /// A named port of a virtio-serial device.
-    VirtioSerial,
+    VirtioSerial(PathBuf),
+    /// A serial line.
+    IsaSerial(PathBuf),
     /// A unix socket that the agent listens on.
-    UnixListen,
+    UnixListen(PathBuf),
+    /// A vsock port that the agent listens on; a CID of `u32::MAX` means every one.
+    VsockListen { cid: u32, port: u32 },
 }
 
 /// What to run with.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Options {
-    pub(crate) method: Method,
-    pub(crate) path: PathBuf,
+    pub(crate) address: Address,
     pub(crate) statedir: PathBuf,
     /// Standard error if absent.
     pub(crate) logfile: Option<PathBuf>,
     pub(crate) verbose: bool,
+    /// Whether to go to the background.
+    pub(crate) daemon: bool,
+    /// For a daemon only.
+    pub(crate) pidfile: PathBuf,
+    /// Of no consequence: a port is waited for anyway.
+    pub(crate) retry_path: bool,
     pub(crate) access: Access,
     pub(crate) freeze: FreezeOptions,
 }
@@ -59,260 +81,229 @@ impl Default for FreezeOptions {
 /// What the command line asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Parsed {
-    Run(Options),
-    Print(String),
+    Run(Box<Options>),
+    /// Only print this.
+    Print(Vec<u8>),
 }
 
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub(crate) enum OptionsError {
-    #[error("Unknown option '{0}'")]
-    Unknown(String),
-    #[error("Option '{0}' needs a value")]
-    NoValue(String),
-    #[error("Option '{0}' takes no value")]
-    UnexpectedValue(String),
-    #[error("Unsupported channel method '{0}' (virtio-serial, unix-listen)")]
+    #[error(transparent)]
+    CommandLine(#[from] command_line::Mistake),
+    #[error(transparent)]
+    Config(#[from] config::ConfigError),
+    #[error("Unsupported channel method/type: {0}")]
     Method(String),
-    #[error("Method unix-listen needs a --path for its socket")]
+    #[error("You must specify a path for this channel")]
     NoPath,
+    #[error("'{0}' is no vsock address: CID:PORT is")]
+    Vsock(String),
+    #[error("'{1}' is no number of seconds for {0}")]
+    Seconds(&'static str, String),
 }
 
-/// What to print after a bad command line.
-pub(crate) const HINT: &str = "Try 'tarn-agent --help' for more information.";
-
-const DEFAULT_PORT: &str = "/dev/virtio-ports/org.qemu.guest_agent.0";
-const DEFAULT_STATEDIR: &str = "/run";
-
-const USAGE: &str = "\
-Usage: tarn-agent [OPTION]...
-The guest agent: answers its host over a virtio-serial port.
-
-  -m, --method=METHOD    virtio-serial (default) or unix-listen
-  -p, --path=PATH        port or socket (default for virtio-serial:
-                         /dev/virtio-ports/org.qemu.guest_agent.0)
-  -t, --statedir=DIR     where to keep state across restarts (default: /run)
-  -l, --logfile=FILE     where to log to (default: standard error)
-  -v, --verbose          log more
-      --schema           print the schema of all commands as JSON and exit
-  -V, --version          print the version and exit
-  -h, --help             print this and exit
-
-Example: tarn-agent -m unix-listen -p /tmp/agent.sock -t /tmp";
-
-/// Whether an option has a value.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Flag,
-    Value,
-}
-
-#[derive(Clone, Copy)]
-enum Name {
+/// What a [`Setting`](settings::Setting) is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Id {
+    Daemon,
     Method,
     Path,
-    Statedir,
     Logfile,
+    Pidfile,
+    Hook,
+    Statedir,
     Verbose,
+    RetryPath,
+    Block,
+    Allow,
+    FreezeLease,
+    FreezeTimeout,
+    HookDir,
+    HookTimeout,
+    Config,
+    DumpConf,
     Schema,
     Version,
     Help,
 }
 
-/// Every option once.
-const OPTIONS: &[(u8, &str, Kind, Name)] = &[
-    (b'm', "method", Kind::Value, Name::Method),
-    (b'p', "path", Kind::Value, Name::Path),
-    (b't', "statedir", Kind::Value, Name::Statedir),
-    (b'l', "logfile", Kind::Value, Name::Logfile),
-    (b'v', "verbose", Kind::Flag, Name::Verbose),
-    (0, "schema", Kind::Flag, Name::Schema),
-    (b'V', "version", Kind::Flag, Name::Version),
-    (b'h', "help", Kind::Flag, Name::Help),
-];
+/// A setting and what it was given. A flag was given `true` or `false`.
+type Assignment = (Id, OsString);
 
-/// Values as given; defaults come last, when all is known.
-#[derive(Default)]
-struct Given {
-    method: Option<Method>,
-    path: Option<PathBuf>,
-    statedir: Option<PathBuf>,
-    logfile: Option<PathBuf>,
-    verbose: bool,
-    print: Option<String>,
-}
+const DEFAULT_PORT: &str = "/dev/virtio-ports/org.qemu.guest_agent.0";
+const DEFAULT_SERIAL: &str = "/dev/ttyS0";
+const DEFAULT_STATEDIR: &str = "/run";
+const DEFAULT_PIDFILE: &str = "/run/qemu-ga.pid";
 
-/// Parses the arguments after the program's name. Like getopt: short options may be bundled, values
-/// may follow in the same or the next argument, `--` ends the options, other arguments are ignored.
-pub(crate) fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Parsed, OptionsError> {
-    let mut arguments = arguments;
-    let mut given = Given::default();
-    while let Some(argument) = arguments.next() {
-        match argument.as_bytes() {
-            b"--" => break,
-            [b'-', b'-', long @ ..] => parse_long(long, &mut arguments, &mut given)?,
-            [b'-', short @ ..] if !short.is_empty() => parse_short(short, &mut arguments, &mut given)?,
-            _ => {}
-        }
+/// Parses the arguments after the program's name and reads the configuration; `environment` is the variable
+/// `QGA_CONF`. The command line counts more than the configuration.
+pub(crate) fn parse(
+    arguments: impl Iterator<Item = OsString>,
+    environment: Option<OsString>,
+) -> Result<Parsed, OptionsError> {
+    let line = command_line::parse(arguments)?;
+    if let Some(text) = line.last().and_then(|(id, value)| answer(*id, value)) {
+        return Ok(Parsed::Print(text.into_bytes()));
     }
-    given.finish()
-}
-
-fn parse_long(
-    text: &[u8],
-    arguments: &mut impl Iterator<Item = OsString>,
-    given: &mut Given,
-) -> Result<(), OptionsError> {
-    let (name, value) = match text.iter().position(|&byte| byte == b'=') {
-        Some(at) => (&text[..at], Some(OsString::from_vec(text[at + 1..].to_vec()))),
-        None => (text, None),
-    };
-    let shown = || format!("--{}", String::from_utf8_lossy(name));
-    let known = OPTIONS.iter().find(|(_, long, ..)| long.as_bytes() == name);
-    let &(_, _, kind, name) = known.ok_or_else(|| OptionsError::Unknown(shown()))?;
-    match (kind, value) {
-        (Kind::Flag, None) => given.set(name, OsString::new()),
-        (Kind::Flag, Some(_)) => Err(OptionsError::UnexpectedValue(shown())),
-        (Kind::Value, Some(value)) => given.set(name, value),
-        (Kind::Value, None) => {
-            given.set(name, arguments.next().ok_or_else(|| OptionsError::NoValue(shown()))?)
-        }
+    let source = config::Source::new(last(&line, Id::Config).cloned(), environment);
+    let mut given = config::load(&source)?;
+    given.extend(line);
+    let options = Options::new(&given)?;
+    match last(&given, Id::DumpConf) {
+        Some(_) => Ok(Parsed::Print(config::dump(&options))),
+        None => Ok(Parsed::Run(Box::new(options))),
     }
 }
 
-fn parse_short(
-    text: &[u8],
-    arguments: &mut impl Iterator<Item = OsString>,
-    given: &mut Given,
-) -> Result<(), OptionsError> {
-    let mut rest = text;
-    while let [letter, tail @ ..] = rest {
-        let shown = || format!("-{}", char::from(*letter).escape_default());
-        let known = OPTIONS.iter().find(|(short, ..)| short == letter);
-        let &(_, _, kind, name) = known.ok_or_else(|| OptionsError::Unknown(shown()))?;
-        if kind == Kind::Flag {
-            given.set(name, OsString::new())?;
-            rest = tail;
-            continue;
+/// What to print for an option that only asks for something.
+fn answer(id: Id, value: &OsStr) -> Option<String> {
+    match id {
+        Id::Version => Some(format!("tarn-agent {}\n", env!("CARGO_PKG_VERSION"))),
+        Id::Help => Some(include_str!("usage.txt").to_owned()),
+        Id::Schema => Some(format!("{:#}\n", dispatch::schema())),
+        Id::Block | Id::Allow if command_line::is_help(value) => {
+            Some(dispatch::all().map(|command| format!("{}\n", command.name)).collect())
         }
-        let value = match tail {
-            [] => arguments.next().ok_or_else(|| OptionsError::NoValue(shown()))?,
-            tail => OsStr::from_bytes(tail).to_owned(),
+        _ => None,
+    }
+}
+
+fn last(given: &[Assignment], id: Id) -> Option<&OsString> {
+    given.iter().rev().find(|(own, _)| *own == id).map(|(_, value)| value)
+}
+
+impl Options {
+    fn new(given: &[Assignment]) -> Result<Self, OptionsError> {
+        let path = |id| last(given, id).map(PathBuf::from);
+        let flag = |id| last(given, id).is_some_and(|value| value == "true");
+        let block = list(given, Id::Block);
+        // Empty is what --dump-conf prints where there is none.
+        let allow = Some(list(given, Id::Allow)).filter(|allow| !allow.is_empty());
+        Ok(Self {
+            address: Address::new(last(given, Id::Method), path(Id::Path))?,
+            statedir: path(Id::Statedir).unwrap_or_else(|| DEFAULT_STATEDIR.into()),
+            logfile: path(Id::Logfile),
+            verbose: flag(Id::Verbose),
+            daemon: flag(Id::Daemon),
+            pidfile: path(Id::Pidfile).unwrap_or_else(|| DEFAULT_PIDFILE.into()),
+            retry_path: flag(Id::RetryPath),
+            access: Access { block, allow },
+            freeze: FreezeOptions::new(given)?,
+        })
+    }
+
+    /// What stands for a setting in a configuration, if it has to stand there.
+    fn value(&self, id: Id) -> Option<OsString> {
+        let Self { address, statedir, logfile, verbose, daemon, pidfile, retry_path, access, freeze } = self;
+        let seconds = |time: Option<Duration>| Some(time.map_or(0, |time| time.as_secs()).to_string().into());
+        let path = |path: &PathBuf| path.clone().into_os_string();
+        match id {
+            Id::Daemon => Some(daemon.to_string().into()),
+            Id::Method => Some(address.method().into()),
+            Id::Path => Some(address.path()),
+            Id::Logfile => logfile.as_ref().map(path),
+            Id::Pidfile => Some(path(pidfile)),
+            Id::Hook => freeze.hook.as_ref().map(path),
+            Id::Statedir => Some(path(statedir)),
+            Id::Verbose => Some(verbose.to_string().into()),
+            Id::RetryPath => Some(retry_path.to_string().into()),
+            Id::Block => Some(access.block.join(",").into()),
+            Id::Allow => Some(access.allow.as_deref().unwrap_or_default().join(",").into()),
+            Id::FreezeLease => seconds(freeze.lease),
+            Id::FreezeTimeout => seconds(freeze.timeout),
+            Id::HookDir => freeze.hook_dir.as_ref().map(path),
+            Id::HookTimeout => seconds(Some(freeze.hook_timeout)),
+            Id::Config | Id::DumpConf | Id::Schema | Id::Version | Id::Help => None,
+        }
+    }
+}
+
+impl FreezeOptions {
+    fn new(given: &[Assignment]) -> Result<Self, OptionsError> {
+        let path = |id| last(given, id).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let Self { lease, timeout, hook: _, hook_dir: _, hook_timeout } = Self::default();
+        let hook_limit = match seconds(given, Id::HookTimeout, "hook-timeout")? {
+            None => hook_timeout,
+            Some(None) => return Err(OptionsError::Seconds("hook-timeout", "0".into())),
+            Some(Some(limit)) => limit,
         };
-        return given.set(name, value);
+        Ok(Self {
+            lease: seconds(given, Id::FreezeLease, "freeze-lease")?.unwrap_or(lease),
+            timeout: seconds(given, Id::FreezeTimeout, "freeze-timeout")?.unwrap_or(timeout),
+            hook: path(Id::Hook),
+            hook_dir: path(Id::HookDir),
+            hook_timeout: hook_limit,
+        })
     }
-    Ok(())
 }
 
-impl Given {
-    fn set(&mut self, name: Name, value: OsString) -> Result<(), OptionsError> {
-        match name {
-            Name::Method => self.method = Some(method(&value)?),
-            Name::Path => self.path = Some(value.into()),
-            Name::Statedir => self.statedir = Some(value.into()),
-            Name::Logfile => self.logfile = Some(value.into()),
-            Name::Verbose => self.verbose = true,
-            Name::Schema => self.print = Some(schema()),
-            Name::Version => self.print = Some(format!("tarn-agent {}", env!("CARGO_PKG_VERSION"))),
-            Name::Help => self.print = Some(USAGE.into()),
-        }
-        Ok(())
-    }
+/// A time if one was given; zero is `None`.
+fn seconds(
+    given: &[Assignment],
+    id: Id,
+    name: &'static str,
+) -> Result<Option<Option<Duration>>, OptionsError> {
+    let Some(text) = last(given, id) else { return Ok(None) };
+    let number = text.to_str().and_then(|text| text.trim_ascii().parse::<u32>().ok());
+    let number = number.ok_or_else(|| OptionsError::Seconds(name, text.to_string_lossy().into_owned()))?;
+    Ok(Some((number > 0).then(|| Duration::from_secs(number.into()))))
+}
 
-    fn finish(self) -> Result<Parsed, OptionsError> {
-        let Self { method, path, statedir, logfile, verbose, print } = self;
-        if let Some(text) = print {
-            return Ok(Parsed::Print(text));
-        }
-        let method = method.unwrap_or(Method::VirtioSerial);
-        let path = match (method, path) {
-            (_, Some(path)) => path,
-            (Method::VirtioSerial, None) => DEFAULT_PORT.into(),
-            (Method::UnixListen, None) => return Err(OptionsError::NoPath),
+/// Everything that was given for a list, by commas.
+fn list(given: &[Assignment], id: Id) -> Vec<String> {
+    let lists = given.iter().filter(|(own, _)| *own == id).map(|(_, value)| value.to_string_lossy());
+    let names = lists.flat_map(|list| list.split(',').map(str::to_owned).collect::<Vec<_>>());
+    names.filter(|name| !name.is_empty()).collect()
+}
+
+impl Address {
+    fn new(method: Option<&OsString>, path: Option<PathBuf>) -> Result<Self, OptionsError> {
+        let method = method.map_or(&b"virtio-serial"[..], |method| method.as_bytes());
+        let default = match method {
+            b"virtio-serial" => Some(DEFAULT_PORT.into()),
+            b"isa-serial" => Some(DEFAULT_SERIAL.into()),
+            _ => None,
         };
-        let statedir = statedir.unwrap_or_else(|| DEFAULT_STATEDIR.into());
-        Ok(Parsed::Run(Options {
-            method,
-            path,
-            statedir,
-            logfile,
-            verbose,
-            access: Access::default(),
-            freeze: FreezeOptions::default(),
-        }))
+        let path = path.or(default).ok_or(OptionsError::NoPath)?;
+        match method {
+            b"virtio-serial" => Ok(Self::VirtioSerial(path)),
+            b"isa-serial" => Ok(Self::IsaSerial(path)),
+            b"unix-listen" => Ok(Self::UnixListen(path)),
+            b"vsock-listen" => Self::vsock(&path.to_string_lossy()),
+            other => Err(OptionsError::Method(String::from_utf8_lossy(other).into_owned())),
+        }
     }
-}
 
-/// The schema document as it is published.
-fn schema() -> String {
-    format!("{:#}", crate::dispatch::schema())
-}
+    fn vsock(text: &str) -> Result<Self, OptionsError> {
+        let numbers =
+            text.split_once(':').and_then(|(cid, port)| Some((cid.parse().ok()?, port.parse().ok()?)));
+        let (cid, port) = numbers.ok_or_else(|| OptionsError::Vsock(text.to_owned()))?;
+        Ok(Self::VsockListen { cid, port })
+    }
 
-fn method(name: &OsStr) -> Result<Method, OptionsError> {
-    match name.as_bytes() {
-        b"virtio-serial" => Ok(Method::VirtioSerial),
-        b"unix-listen" => Ok(Method::UnixListen),
-        _ => Err(OptionsError::Method(name.to_string_lossy().into_owned())),
+    fn method(&self) -> &'static str {
+        match self {
+            Self::VirtioSerial(_) => "virtio-serial",
+            Self::IsaSerial(_) => "isa-serial",
+            Self::UnixListen(_) => "unix-listen",
+            Self::VsockListen { .. } => "vsock-listen",
+        }
+    }
+
+    fn path(&self) -> OsString {
+        match self {
+            Self::VirtioSerial(path) | Self::IsaSerial(path) | Self::UnixListen(path) => path.into(),
+            Self::VsockListen { cid, port } => format!("{cid}:{port}").into(),
+        }
+    }
+
+    fn path_mut(&mut self) -> Option<&mut PathBuf> {
+        match self {
+            Self::VirtioSerial(path) | Self::IsaSerial(path) | Self::UnixListen(path) => Some(path),
+            Self::VsockListen { .. } => None,
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parsed(line: &str) -> Result<Parsed, OptionsError> {
-        parse(line.split_whitespace().map(OsString::from))
-    }
-
-    fn options(line: &str) -> Options {
-        match parsed(line) {
-            Ok(Parsed::Run(options)) => options,
-            other => panic!("{line}: {other:?}"),
-        }
-    }
-
-    #[test]
-    fn without_arguments_the_agent_serves_the_standard_port() {
-        let options = options("");
-        assert_eq!(options.method, Method::VirtioSerial);
-        assert_eq!(options.path, PathBuf::from(DEFAULT_PORT));
-        assert_eq!(options.statedir, PathBuf::from("/run"));
-    }
-
-    #[test]
-    fn values_may_be_joined_or_follow() {
-        let expected = Options {
-            method: Method::UnixListen,
-            path: "/a".into(),
-            statedir: "/b".into(),
-            logfile: Some("/c".into()),
-            verbose: true,
-            access: Access::default(),
-            freeze: FreezeOptions::default(),
-        };
-        assert_eq!(options("-m unix-listen -p /a -t /b -l /c -v"), expected);
-        assert_eq!(options("-munix-listen -p/a -t/b -vl/c"), expected);
-        assert_eq!(options("--method=unix-listen --path /a --statedir=/b --logfile=/c --verbose"), expected);
-    }
-
-    #[test]
-    fn other_arguments_are_ignored() {
-        assert_eq!(options("stray -- -x"), options(""));
-    }
-
-    #[test]
-    fn mistakes_are_named() {
-        assert_eq!(parsed("-x"), Err(OptionsError::Unknown("-x".into())));
-        assert_eq!(parsed("--nope=1"), Err(OptionsError::Unknown("--nope".into())));
-        assert_eq!(parsed("-vp"), Err(OptionsError::NoValue("-p".into())));
-        assert_eq!(parsed("--verbose=1"), Err(OptionsError::UnexpectedValue("--verbose".into())));
-        assert_eq!(parsed("-m tcp"), Err(OptionsError::Method("tcp".into())));
-        assert_eq!(parsed("-m unix-listen"), Err(OptionsError::NoPath));
-    }
-
-    #[test]
-    fn help_and_version_only_print() {
-        for line in ["-h", "--help -v", "-V", "--version"] {
-            assert!(matches!(parsed(line), Ok(Parsed::Print(_))), "{line}");
-        }
-    }
-}
+mod tests;
