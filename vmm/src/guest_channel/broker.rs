@@ -27,7 +27,7 @@
 //! served, is a round robin over clients (`turns.rs`).
 //!
 //! `guest-shutdown` and the suspend commands answer only if they fail. Right behind them the broker sends a
-//! question of its own: if that is answered first, or the port closes, or nothing comes in time, the command is
+//! sync of its own: if that is answered first, or the port closes, or nothing comes in time, the command is
 //! taken as accepted.
 
 use std::collections::VecDeque;
@@ -35,12 +35,12 @@ use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::time::{Duration, Instant};
 
-use protocol::{Decoder, Error, Handshake, Item, Limits, Map, ParseError, Progress};
-use serde_json::Value;
+use protocol::{Decoder, Error, Handshake, Item, Limits, Map, ParseError, Progress, request_line};
+use serde_json::{Value, json};
 
 use super::command::{Command, FILE_REPLY_MAX, Kind, REPLY_MAX};
 use super::freeze::Freezes;
-use super::in_flight::{Asker, Ending, InFlight, Probe};
+use super::in_flight::{Asker, Ending, InFlight};
 use super::out_of_band::{Ability, Answered, OutOfBand};
 use super::outbox::Outbox;
 use super::{AgentStatus, ChannelConfig, Client};
@@ -72,6 +72,14 @@ pub(super) struct Queued {
     pub(super) client: Client,
     pub(super) command: Command,
     arrived: Instant,
+}
+
+impl Queued {
+    /// Not to overtake anything.
+    pub(super) fn in_turn(mut self) -> Self {
+        self.command.overtaking = None;
+        self
+    }
 }
 
 #[derive(Debug)]
@@ -300,7 +308,11 @@ impl Broker {
         if let Link::Busy(request) = &mut self.link {
             request.marked = false;
         }
-        if let Some(Queued { client, command, .. }) = answer.request {
+        if answer.is_refused() {
+            // It has the sign and does not know the envelope.
+            self.out_of_band.learn(None);
+            self.queue.extend(answer.request.map(Queued::in_turn));
+        } else if let Some(Queued { client, command, .. }) = answer.request {
             if command.kind == Kind::Status
                 && !answer.outdated
                 && let Ok(status) = &answer.result
@@ -339,21 +351,15 @@ impl Broker {
             self.out_of_band.freeze_changes();
         }
         let mut line = std::mem::take(&mut command.line);
-        let probe = (command.kind == Kind::NoReply).then(|| self.probe());
-        if let Some(probe) = probe {
-            line.extend_from_slice(probe.line().as_bytes());
+        let probe = (command.kind == Kind::NoReply).then(|| self.token());
+        if let Some(token) = probe {
+            let arguments = Map::from_iter([("id".to_owned(), json!(token))]);
+            // Without the usual 0xFF before it: that would be answered, too, by an error.
+            line.extend_from_slice(request_line("guest-sync-delimited", Some(arguments), None).as_bytes());
         }
         self.outbox.command(line);
         let deadline = self.guest_time(now) + timeout;
         self.link = Link::Busy(InFlight::new(asker, command, deadline, probe));
-    }
-
-    fn probe(&mut self) -> Probe {
-        let token = self.token();
-        match self.out_of_band.ability() {
-            Ability::Present => Probe::Ping(token),
-            Ability::Absent | Ability::Unknown => Probe::Sync(token),
-        }
     }
 
     /// The command in the guest has ended.
@@ -362,22 +368,15 @@ impl Broker {
         let answered = matches!(ending, Ending::Answered(_));
         let unknown = matches!(ending, Ending::Unknown(_));
         self.end(&request, ending, now);
-        let guest_time = self.guest_time(now);
-        // Its answer is still to come.
-        let probe = request.probe.filter(|_| answered);
-        match probe {
-            _ if unknown || self.outbox.holds_command() => self.resync(now),
-            Some(Probe::Sync(token)) => {
-                let again = guest_time + SYNC_RETRY;
+        match request.probe {
+            // The answer to the probe is still to come.
+            Some(token) if answered && !self.outbox.holds_command() => {
+                let again = self.guest_time(now) + SYNC_RETRY;
                 self.unready_since.get_or_insert(now);
                 self.link = Link::Syncing { handshake: Handshake::new(token), again, wait: SYNC_RETRY };
             }
-            Some(Probe::Ping(id)) if self.out_of_band.has_room() => {
-                self.out_of_band.expect(id, None, guest_time + self.config.timeout, true);
-                self.pump(now);
-            }
-            Some(Probe::Ping(_)) => self.resync(now),
-            None => self.pump(now),
+            _ if unknown || self.outbox.holds_command() => self.resync(now),
+            _ => self.pump(now),
         }
     }
 

@@ -30,8 +30,8 @@
 //!   owner is gone or hangs. So it is asked out of band, which does not renew.
 //! * That the lease ran out shows in the next status, whoever asks, or in a thaw that finds nothing to do.
 //!   Then the snapshot that was to be taken is void: it is logged and counted with the automatic thaws. A
-//!   status from out of band is believed only if it does not speak of a time in which something was being
-//!   frozen or thawed.
+//!   status is not believed if it may be older than a freeze or thaw, and only a thaw ends what nobody knows of:
+//!   the agent may still be at it.
 //!
 //! [`ChannelConfig::thaw_grace`]: super::ChannelConfig::thaw_grace
 
@@ -84,12 +84,10 @@ impl Freezes {
         }
     }
 
-    /// What the guest says about itself, when it has neither a freeze nor a thaw to do.
+    /// What the guest says about itself when it has neither a freeze nor a thaw to do. A freeze that it has not
+    /// even confirmed may yet come.
     pub(super) fn status_answered(&mut self, status: &Value) {
-        if status == "thawed"
-            && let Some(freeze) = self.in_force.take()
-            && freeze.is_known
-        {
+        if status == "thawed" && self.in_force.take_if(|freeze| freeze.is_known).is_some() {
             self.thawed_in_guest();
         }
     }
@@ -99,11 +97,6 @@ impl Freezes {
             "The guest is thawed, and no client did it: its agent's lease ran out, or somebody in it did"
         );
         self.automatic_thaws += 1;
-    }
-
-    /// Whether what is in force, if anything is, is what the guest said it is.
-    pub(super) fn is_certain(&self) -> bool {
-        self.in_force.as_ref().is_none_or(|freeze| freeze.is_known)
     }
 
     /// Whether this client froze the guest.

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use protocol::{Error, Map, Reply, request_line};
-use serde_json::{Value, json};
+use protocol::{Error, Reply};
+use serde_json::Value;
 
 use super::Client;
 use super::command::{Command, Kind};
@@ -18,35 +18,10 @@ pub(super) struct InFlight {
     pub(super) grace: Option<Duration>,
     pub(super) reply_max: usize,
     pub(super) deadline: Instant,
-    /// The question right behind it.
-    pub(super) probe: Option<Probe>,
+    /// Token of the sync right behind it.
+    pub(super) probe: Option<i64>,
     /// A 0xFF came, and no message since.
     pub(super) marked: bool,
-}
-
-/// A question right behind a command that answers only if it fails: answered first, it tells that the command
-/// was accepted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Probe {
-    /// `guest-sync-delimited` with this token, which any agent answers after the command.
-    Sync(i64),
-    /// `guest-ping` with this id. An agent that knows ids and out-of-band execution takes a sync for a sign
-    /// that nobody waits for the command any longer.
-    Ping(i64),
-}
-
-impl Probe {
-    /// The question as it goes to the guest.
-    pub(super) fn line(self) -> String {
-        match self {
-            // Without the usual 0xFF before it: that would be answered, too, by an error.
-            Self::Sync(token) => {
-                let arguments = Map::from_iter([("id".to_owned(), json!(token))]);
-                request_line("guest-sync-delimited", Some(arguments), None)
-            }
-            Self::Ping(id) => request_line("guest-ping", None, Some(json!(id))),
-        }
-    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +45,7 @@ pub(super) enum Ending {
 
 impl InFlight {
     /// The rest of the command is its line, which is on its way.
-    pub(super) fn new(asker: Asker, command: Command, deadline: Instant, probe: Option<Probe>) -> Self {
+    pub(super) fn new(asker: Asker, command: Command, deadline: Instant, probe: Option<i64>) -> Self {
         let Command { name, kind, line: _, overtaking: _, grace, reply_max } = command;
         Self { asker, name, kind, grace, reply_max, deadline, probe, marked: false }
     }
@@ -80,15 +55,12 @@ impl InFlight {
     pub(super) fn on_message(&mut self, message: Value) -> Option<Ending> {
         let marked = std::mem::take(&mut self.marked);
         match Reply::parse(message) {
-            Ok(Reply::Return { id: Some(id), .. }) if !id.is_null() => {
-                let is_probe = id.as_i64().is_some_and(|id| self.probe == Some(Probe::Ping(id)));
-                is_probe.then_some(Ending::Accepted)
+            Ok(Reply::Return { id: Some(id), .. } | Reply::Error { id: Some(id), .. }) if !id.is_null() => {
+                None
             }
-            Ok(Reply::Error { id: Some(id), .. }) if !id.is_null() => None,
             Ok(Reply::Return { value, .. }) => {
                 let token = value.as_i64();
-                let is_probe = token.is_some_and(|token| self.probe == Some(Probe::Sync(token)));
-                if marked && is_probe {
+                if marked && self.probe.is_some() && token == self.probe {
                     Some(Ending::Accepted)
                 } else if matches!(self.kind, Kind::Sync(expected) if token != Some(expected)) {
                     None

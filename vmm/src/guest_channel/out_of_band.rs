@@ -8,8 +8,8 @@
 //! ```text
 //!             guest-info lists it             no answer in time
 //!   Unknown ──────────────────────▶ Present ────────────────────▶ Unknown
-//!      └──────────────────────────▶ Absent        the port closes: Unknown, from any
-//!         it does not, or an error
+//!      │  it does not, or an error     │ it refuses the envelope
+//!      └──────────────────────────▶ Absent ◀─┘      the port closes: Unknown, from any
 //! ```
 //!
 //! Ids are as random as tokens: no agent and no client can guess one, so an answer that bears the id of a
@@ -69,6 +69,13 @@ pub(super) struct Answered {
     pub(super) outdated: bool,
 }
 
+impl Answered {
+    /// The agent does not know how to answer out of band.
+    pub(super) fn is_refused(&self) -> bool {
+        self.result.as_ref().is_err_and(|error| error.desc.contains("'exec-oob'"))
+    }
+}
+
 impl OutOfBand {
     pub(super) fn new() -> Self {
         Self { ability: Ability::Unknown, questions: Vec::new() }
@@ -95,8 +102,8 @@ impl OutOfBand {
     }
 
     /// An answer with this id is to come.
-    pub(super) fn expect(&mut self, id: i64, request: Option<Queued>, deadline: Instant, outdated: bool) {
-        self.questions.push(Question { id, request, deadline, outdated });
+    pub(super) fn expect(&mut self, id: i64, request: Queued, deadline: Instant, outdated: bool) {
+        self.questions.push(Question { id, request: Some(request), deadline, outdated });
     }
 
     /// The question that `message` answers.
@@ -146,13 +153,8 @@ impl OutOfBand {
 
     /// What is asked is on its way no more: the requests, to be asked again in turn.
     pub(super) fn take_lost(&mut self) -> Vec<Queued> {
-        let requests =
-            std::mem::take(&mut self.questions).into_iter().filter_map(|question| question.request);
-        let in_turn = |mut request: Queued| {
-            request.command.overtaking = None;
-            request
-        };
-        requests.map(in_turn).collect()
+        let questions = std::mem::take(&mut self.questions).into_iter();
+        questions.filter_map(|question| question.request).map(Queued::in_turn).collect()
     }
 
     /// The port is closed: what opens it next may be another agent.

@@ -41,8 +41,7 @@ impl Broker {
             let id = self.token();
             self.outbox.append(request.command.out_of_band_line(id));
             let deadline = self.guest_time(now) + self.config.timeout;
-            let outdated = self.is_freezing_or_thawing() || !self.freezes.is_certain();
-            self.out_of_band.expect(id, Some(request), deadline, outdated);
+            self.out_of_band.expect(id, request, deadline, self.is_freezing_or_thawing());
         }
     }
 

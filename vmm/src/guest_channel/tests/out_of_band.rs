@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use protocol::Item;
+use protocol::{Error, Item};
 use serde_json::{Value, json};
 
 use super::super::Client;
@@ -313,26 +313,44 @@ fn many_questions_are_asked_a_few_at_a_time_and_never_in_turn() {
 }
 
 #[test]
-fn a_shutdown_is_followed_by_a_ping_that_keeps_its_place() {
+fn a_shutdown_is_accepted_by_the_answer_to_the_sync_behind_it_and_not_by_a_question() {
     let mut lab = able();
     lab.ask(M, "guest-shutdown", json!({}));
     let sent = lab.sent();
-    assert_eq!((&sent[0]["execute"], &sent[1]["execute"]), (&json!("guest-shutdown"), &json!("guest-ping")));
-    lab.ask(B, "guest-ping", json!({}));
+    assert_eq!(
+        (&sent[0]["execute"], &sent[1]["execute"]),
+        (&json!("guest-shutdown"), &json!("guest-sync-delimited"))
+    );
+    let token = &sent[1]["arguments"]["id"];
+    lab.ask(B, "guest-sync-delimited", json!({"id": 3}));
     let (_, id) = lab.question();
-    lab.answer(&id, &json!({}));
-    assert_eq!(lab.outcomes(), [(B, returned(json!({})))]);
-    lab.answer(&sent[1]["id"], &json!({}));
+    lab.say(b"\xff");
+    lab.answer(&id, &json!(3));
+    assert_eq!(lab.outcomes(), [(B, returned(json!(3)))]);
+    lab.say(&marked_reply(token));
     assert_eq!(lab.outcomes(), [(M, None)]);
-    lab.ask(M, "guest-suspend-ram", json!({}));
-    let sent = lab.sent();
-    lab.say(b"{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}}\n");
-    assert_eq!(lab.outcomes(), [(M, failed("no"))]);
+}
+
+#[test]
+fn an_agent_that_has_the_sign_and_refuses_the_envelope_is_served_in_turn() {
+    let mut lab = able();
     lab.ask(A, "guest-exec", json!({}));
-    assert_eq!(lab.command(), "guest-exec");
-    lab.answer(&sent[1]["id"], &json!({}));
+    lab.sent();
+    lab.ask(B, "guest-ping", json!({}));
+    lab.ask(C, "guest-ping", json!({}));
+    for question in lab.sent() {
+        let error = Error::generic("QMP input member 'exec-oob' is unexpected");
+        lab.say(json!({"error": error, "id": question["id"]}).to_string().as_bytes());
+    }
     assert!(lab.outcomes().is_empty());
-    assert_eq!(lab.broker.status(lab.now).malformed_replies, 0);
+    assert_eq!(lab.broker.status(lab.now).out_of_band, Some(false));
+    lab.say(&reply(&json!({})));
+    for _ in 0..2 {
+        assert_eq!(lab.command(), "guest-ping");
+        lab.say(&reply(&json!({})));
+    }
+    let outcomes = [(A, returned(json!({}))), (B, returned(json!({}))), (C, returned(json!({})))];
+    assert_eq!(lab.outcomes(), outcomes);
 }
 
 #[test]
