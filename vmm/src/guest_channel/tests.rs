@@ -2,6 +2,7 @@
 
 mod broker;
 mod channel;
+mod model;
 mod out_of_band;
 
 use protocol::{Decoder, Item, Limits, Map};

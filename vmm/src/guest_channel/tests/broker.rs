@@ -580,15 +580,17 @@ fn whatever_the_guest_says_every_request_has_one_outcome_in_the_end() {
     let commands = [
         "guest-ping",
         "guest-sync",
+        "guest-info",
+        "guest-exec",
         "guest-fsfreeze-freeze",
         "guest-fsfreeze-thaw",
         "guest-fsfreeze-status",
         "guest-shutdown",
     ];
     let mut waiting = Vec::new();
-    let mut token = json!(0);
+    let (mut token, mut id) = (json!(0), json!(0));
     for _ in 0..20_000 {
-        match random.below(20) {
+        match random.below(22) {
             0..5 if waiting.len() < 5 => {
                 let client = (0..).map(Client::Socket).find(|client| !waiting.contains(client)).unwrap();
                 waiting.push(client);
@@ -608,10 +610,13 @@ fn whatever_the_guest_says_every_request_has_one_outcome_in_the_end() {
                     if request["execute"] == "guest-sync-delimited" {
                         token = request["arguments"]["id"].clone();
                     }
+                    id = request.get("id").cloned().unwrap_or(id);
                 }
             }
             14 => lab.say(&marked_reply(&token)),
             15 => lab.say(&reply(&json!([5, 0, 1, "thawed", {}])[random.below(5)])),
+            20 => lab.say(&reply(&info(&["tarn-fsfreeze-report"]))),
+            21 => lab.say(json!({"return": 5, "id": id}).to_string().as_bytes()),
             16 => lab.say(b"{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}}"),
             _ => {
                 let alphabet = b"{}[]:,\"\n\x01\xff\\r019";
