@@ -128,6 +128,18 @@ impl Args {
         strings.collect::<Result<_, _>>().map(Some)
     }
 
+    /// An array of nested objects; the [`finish`](Self::finish) of each checks its members.
+    pub fn objects(&mut self, name: &str) -> Result<Vec<Self>, Error> {
+        let objects = self.array(name)?.into_iter().enumerate().map(|(index, value)| {
+            let element = self.full_name(&format!("{name}[{index}]"));
+            match value {
+                Value::Object(members) => Ok(Self { members, prefix: format!("{element}.") }),
+                _ => Err(Error::invalid_parameter_type(&element, "object")),
+            }
+        });
+        objects.collect()
+    }
+
     /// A nested object; its own [`finish`](Self::finish) checks its members.
     pub fn object(&mut self, name: &str) -> Result<Self, Error> {
         self.required(name, Self::optional_object)
@@ -245,5 +257,13 @@ mod tests {
         let mut inner = args(json!({"file": {"x": 1}})).object("file").unwrap();
         assert_eq!(desc(inner.string("driver")), "Parameter 'file.driver' is missing");
         assert_eq!(desc(inner.finish()), "Parameter 'file.x' is unexpected");
+        let mut inner = args(json!({"vcpus": [{"id": 1}, {"id": true, "x": 1}]})).objects("vcpus").unwrap();
+        assert_eq!(inner[0].int("id").unwrap(), 1);
+        assert_eq!(desc(inner[1].int("id")), "Invalid parameter type for 'vcpus[1].id', expected: integer");
+        assert_eq!(desc(inner.remove(1).finish()), "Parameter 'vcpus[1].x' is unexpected");
+        assert_eq!(
+            desc(args(json!({"vcpus": [{}, 1]})).objects("vcpus")),
+            "Invalid parameter type for 'vcpus[1]', expected: object"
+        );
     }
 }
