@@ -9,7 +9,16 @@ use crate::schema::Command;
 
 /// Every family of commands; `guest-info` lists them in this order.
 const FAMILIES: &[&[Command]] = &[
+    commands::network::COMMANDS,
+    commands::statistics::COMMANDS,
+    commands::ssh::COMMANDS,
     commands::system::COMMANDS,
+    commands::time::COMMANDS,
+    commands::users::COMMANDS,
+    commands::memory_blocks::COMMANDS,
+    commands::vcpus::COMMANDS,
+    commands::disks::COMMANDS,
+    commands::filesystems::COMMANDS,
     commands::exec::COMMANDS,
     commands::fsfreeze::COMMANDS,
     commands::file::COMMANDS,

@@ -49,6 +49,12 @@ pub(crate) struct Field {
     optional: bool,
 }
 
+impl Field {
+    pub(crate) const fn name(&self) -> &'static str {
+        self.name
+    }
+}
+
 /// A member that is always there.
 pub(crate) const fn required(name: &'static str, of: Type) -> Field {
     Field { name, of, optional: false }

@@ -1,6 +1,4 @@
-//! Facts about the guest: guest-get-osinfo, guest-get-host-name, guest-get-time.
-
-use std::time::{SystemTime, UNIX_EPOCH};
+//! Facts about the guest: guest-get-osinfo and guest-get-host-name.
 
 use protocol::{Args, Error, Map};
 use serde_json::{Value, json};
@@ -26,8 +24,6 @@ pub(crate) const COMMANDS: &[Command] = &[
     ),
     Command::new("guest-get-host-name", "The guest's host name", Run::Worker(get_host_name))
         .returns(Type::Object(&[required("host-name", Type::Str)])),
-    Command::new("guest-get-time", "Nanoseconds since 1970 by the guest's clock", Run::Worker(get_time))
-        .returns(Type::Int),
 ];
 
 fn get_host_name(_: &mut Guest, args: Args) -> Result<Value, Error> {
@@ -36,14 +32,6 @@ fn get_host_name(_: &mut Guest, args: Args) -> Result<Value, Error> {
     let name = system.nodename().to_string_lossy();
     let name = if name.is_empty() { "localhost".into() } else { name };
     Ok(json!({"host-name": name}))
-}
-
-/// Nanoseconds since 1970.
-fn get_time(_: &mut Guest, args: Args) -> Result<Value, Error> {
-    args.finish()?;
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    let nanoseconds = since.ok().and_then(|since| i64::try_from(since.as_nanos()).ok());
-    nanoseconds.map(Value::from).ok_or_else(|| Error::generic("Failed to get time"))
 }
 
 fn get_osinfo(_: &mut Guest, args: Args) -> Result<Value, Error> {

@@ -27,8 +27,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub(crate) use self::linux::Linux;
-use self::mounts::Superblock;
-pub(crate) use self::mounts::{Device, mountpoints};
+pub(crate) use self::mounts::{Device, Superblock, mountpoints, superblocks};
 use crate::log;
 
 /// FITHAWs of one filesystem: each undoes one freeze, and nobody freezes this often.
