@@ -3,9 +3,9 @@
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::io::{Read, Write};
+    use std::io::{BufRead, BufReader, Read, Write};
     use std::os::fd::OwnedFd;
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{PermissionsExt, symlink};
     use std::os::unix::net::{UnixListener, UnixStream};
     use std::path::{Path, PathBuf};
     use std::process::{Child, Command, Output, Stdio};
@@ -13,6 +13,8 @@ mod tests {
 
     use base64::Engine as _;
     use protocol::{Decoder, Item, Limits, encode};
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    use rustix::termios::tcgetattr;
     use serde_json::{Value, json};
 
     /// Longest wait for anything; the machine may be slow.
@@ -324,5 +326,56 @@ mod tests {
             "{}",
             text(&output.stderr)
         );
+    }
+
+    /// A pseudo-terminal: our side and the name of the other.
+    fn terminal() -> (fs::File, PathBuf) {
+        let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+        grantpt(&ours).unwrap();
+        unlockpt(&ours).unwrap();
+        let name = ptsname(&ours, Vec::new()).unwrap().into_string().unwrap();
+        (ours.into(), name.into())
+    }
+
+    #[test]
+    fn a_serial_line_carries_bytes_as_they_are_and_is_waited_for_when_lost() {
+        let directory = tempfile::tempdir().unwrap();
+        let (ours, name) = terminal();
+        let link = directory.path().join("line");
+        symlink(&name, &link).unwrap();
+        let mut command = agent(directory.path());
+        command.args(["-m", "isa-serial", "-p", "line", "-t", ".", "-v"]).stderr(Stdio::piped());
+        let mut agent = Foreground(command.spawn().unwrap());
+        // What comes before the line is set up is thrown away.
+        let mut log = BufReader::new(agent.0.stderr.take().unwrap());
+        read_until(&mut log, "Serving line");
+
+        (&ours).write_all(b"{'execute':'guest-sync-delimited','arguments':{'id':7}}\r\n").unwrap();
+        let mut reply = [0; 15];
+        (&ours).read_exact(&mut reply).unwrap();
+        assert_eq!(text(&reply[1..]), "{\"return\": 7}\n", "neither echo nor translation");
+        assert_eq!(reply[0], 0xFF);
+        let modes = tcgetattr(fs::File::open(&name).unwrap()).unwrap();
+        assert_eq!((modes.input_speed(), modes.output_speed()), (38_400, 38_400));
+
+        // Another line in its place.
+        let (next, name) = terminal();
+        fs::remove_file(&link).unwrap();
+        symlink(&name, &link).unwrap();
+        drop(ours);
+        read_until(&mut log, "The channel is gone");
+        read_until(&mut log, "Serving line");
+        ping(&next);
+        let pid = agent.0.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        assert!(agent.0.wait().unwrap().success());
+    }
+
+    fn read_until(log: &mut impl BufRead, wanted: &str) {
+        let mut line = String::new();
+        while !line.contains(wanted) {
+            line.clear();
+            assert!(log.read_line(&mut line).unwrap() > 0, "the agent does not say: {wanted}");
+        }
     }
 }
