@@ -160,3 +160,11 @@ fn a_daemon_has_absolute_paths() {
     ];
     assert!(paths.iter().all(|path| path.is_some_and(|path| path.is_absolute())), "{paths:?}");
 }
+#[test]
+fn the_published_schema_is_that_of_the_commands() {
+    let published = concat!(env!("CARGO_MANIFEST_DIR"), "/schema.json");
+    let schema = printed("--schema");
+    if std::fs::read_to_string(published).unwrap() != schema {
+        panic!("agent/schema.json is out of date: cargo run -p agent -- --schema >agent/schema.json");
+    }
+}
