@@ -57,13 +57,18 @@ pub(crate) fn fork() -> io::Result<Fork> {
     }
 }
 
+/// Standard streams to nowhere. A process that lives on without them would keep whoever reads them waiting.
+pub(crate) fn let_go_of_streams() -> io::Result<()> {
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    Ok(rustix::stdio::dup2_stderr(&null)?)
+}
+
 impl Daemon {
     /// The start went well: lets the parent go, and the terminal.
     pub(crate) fn ready(self) -> io::Result<()> {
-        let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
-        rustix::stdio::dup2_stdin(&null)?;
-        rustix::stdio::dup2_stdout(&null)?;
-        rustix::stdio::dup2_stderr(&null)?;
+        let_go_of_streams()?;
         self.tell(READY);
         Ok(())
     }

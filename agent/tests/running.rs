@@ -105,10 +105,12 @@ mod tests {
             wait_until("the daemon ends", || !self.is_alive());
         }
 
-        /// Whether it runs; one that ended may wait for its new parent for ever.
+        /// Whether any of its threads runs; a process that ended may wait for its new parent for ever.
         fn is_alive(&self) -> bool {
-            let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-            !stat.is_empty() && !stat.contains(") Z ")
+            let Ok(stat) = fs::read_to_string(format!("/proc/{}/stat", self.pid)) else { return false };
+            let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+            let (state, threads) = (fields[0], fields[17].parse::<u32>().unwrap());
+            state != "Z" || threads > 1
         }
     }
 
