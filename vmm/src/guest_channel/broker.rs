@@ -154,11 +154,7 @@ impl Broker {
         let outcomes = self.outcomes.len();
         self.outcomes.retain(|outcome| outcome.client != client);
         let informed = informed && outcomes == self.outcomes.len();
-        if let Link::Busy(request) = &mut self.link
-            && request.asker == Asker::Client(client)
-        {
-            request.asker = Asker::Nobody;
-        }
+        self.orphan_command(client, now);
         self.freezes.client_gone(client, informed, self.guest_time(now));
         self.pump(now);
     }

@@ -28,6 +28,8 @@ pub(super) struct AgentClient {
     unfinished: usize,
     /// The request the broker has, and what its answer needs.
     asked: Option<Asked>,
+    /// What comes after that.
+    ahead: Option<Item>,
     /// When bytes last moved, in either direction.
     moved: Instant,
     /// It has sent more before it had its answer.
@@ -52,6 +54,7 @@ impl AgentClient {
             decoder: Decoder::new(LIMITS),
             unfinished: 0,
             asked: None,
+            ahead: None,
             moved: now,
             hurried: false,
             ended: false,
@@ -86,13 +89,7 @@ impl AgentClient {
             if !self.is_serving() {
                 return None;
             }
-            let Some(item) = self.decoder.next_item() else {
-                if self.decoder.is_idle() {
-                    self.unfinished = 0;
-                }
-                return None;
-            };
-            self.unfinished = self.decoder.unread_bytes();
+            let item = self.ahead.take().or_else(|| self.next_item())?;
             let refusal = match item {
                 Item::Value(message) => match Request::parse(message, Dialect::InBand) {
                     Ok(request) => return Some(self.ask(request)),
@@ -104,6 +101,38 @@ impl AgentClient {
             };
             self.send(&refusal, false);
         }
+    }
+
+    fn next_item(&mut self) -> Option<Item> {
+        let item = self.decoder.next_item();
+        if item.is_some() {
+            self.unfinished = self.decoder.unread_bytes();
+        } else if self.decoder.is_idle() {
+            self.unfinished = 0;
+        }
+        item
+    }
+
+    /// Whether it synchronises although the broker has a request of it: it does not wait for the answer.
+    pub(super) fn starts_afresh(&mut self) -> bool {
+        if self.asked.is_none() || self.lost {
+            return false;
+        }
+        if self.ahead.is_none() {
+            self.ahead = self.next_item();
+        }
+        match &self.ahead {
+            Some(Item::Sentinel) => true,
+            Some(Item::Value(message)) => {
+                matches!(message["execute"].as_str(), Some("guest-sync" | "guest-sync-delimited"))
+            }
+            Some(Item::Error(_)) | None => false,
+        }
+    }
+
+    /// There will be no answer to its request.
+    pub(super) fn forget_request(&mut self) {
+        self.asked = None;
     }
 
     fn ask(&mut self, mut request: Request) -> Request {
@@ -151,7 +180,7 @@ impl AgentClient {
 
     /// Whether nothing is left to do for it.
     pub(super) fn is_over(&self) -> bool {
-        let served = self.ended && self.asked.is_none() && self.decoder.unread_bytes() == 0;
+        let served = self.ended && self.asked.is_none() && !self.has_unserved();
         self.lost || self.connection.is_broken() || (served && self.connection.queued() == 0)
     }
 
@@ -183,19 +212,25 @@ impl AgentClient {
         (slow && !self.lost).then(|| self.moved + PATIENCE)
     }
 
+    fn has_unserved(&self) -> bool {
+        self.ahead.is_some() || self.decoder.unread_bytes() > 0
+    }
+
     fn is_serving(&self) -> bool {
         self.asked.is_none() && !self.lost && self.connection.queued() <= OUTPUT_PAUSE
     }
 
     fn is_reading(&self, permit: bool) -> bool {
-        let allowed = permit || !self.is_large();
-        self.is_serving() && !self.ended && allowed && self.decoder.unread_bytes() == 0
+        // While the broker has a request, only to see whether the client still waits for it.
+        let allowed = !self.is_large() || (permit && self.asked.is_none());
+        let can_answer = !self.lost && self.connection.queued() <= OUTPUT_PAUSE;
+        can_answer && !self.ended && allowed && !self.has_unserved()
     }
 
     /// Tells the loop what to wait for.
     pub(super) fn watch(&mut self, token: Token, permit: bool, watch: &mut dyn Watch) {
         // Input that is already here is served once there is room for the answers.
-        let backlog = self.is_serving() && self.decoder.unread_bytes() > 0;
+        let backlog = self.is_serving() && self.has_unserved();
         let write = backlog || self.connection.queued() > 0;
         let reading = self.is_reading(permit);
         self.hurried &= !reading;

@@ -32,6 +32,13 @@ pub(super) enum Kind {
     NoReply,
 }
 
+impl Kind {
+    /// Whether it waits for the guest's writers, storage or hooks.
+    pub(super) fn may_take_long(self) -> bool {
+        matches!(self, Self::Freeze | Self::Thaw | Self::Trim)
+    }
+}
+
 /// A command ready to be sent.
 #[derive(Debug)]
 pub(super) struct Command {

@@ -19,6 +19,8 @@
 //!   `"arguments": {"tarn-thaw-grace-ms": 0}` thaws as soon as it is gone. `null` means never.
 //! * If nobody knows of the freeze, there is no grace: the client left before it could read the answer, or
 //!   the answer never came (timeout, agent died). Such a freeze is undone at once.
+//! * A thaw does not wait for a freeze that is under way, if the agent is one that can cancel it (that is one that
+//!   answers questions meanwhile): the client that freezes gets an error. The same when that client leaves.
 //! * Time stands still while the VM does. A thaw that fails is tried again until one succeeds.
 //!
 //! An agent may have a lease of its own on freezes, for the day when the whole VMM is dead: `tarn-lease-ms`, which

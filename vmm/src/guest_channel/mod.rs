@@ -15,14 +15,16 @@
 //!
 //! What a client finds different from an agent of its own: answers come with the `id` even from agents that
 //! cannot echo it; 0xFF is swallowed instead of answered with an error line; a command that is not answered
-//! in time is answered by the broker. And a guest that was frozen by a client that left is thawed: the rule
+//! in time is answered by the broker. A client that synchronises behind a command that may take long (freeze, thaw,
+//! trim) is taken at its word: it does not wait for that command any longer. And a guest that was frozen by a client that left is thawed: the rule
 //! is in the header of `freeze.rs`.
 //!
 //! # Bounds
 //!
 //! The guest is hostile, clients are nearly as bad. From the guest: one message, as long as the command in
-//! flight justifies; nothing it sends unasked is kept. From each client: one request of up to 1 MiB, and one
-//! client at a time may send a longer one (`guest-file-write`). To each client: nothing further is asked
+//! flight justifies; nothing it sends unasked is kept. From each client: the
+//! request it waits for and what it sends next, of up to 1 MiB each, and one client at a time may send a
+//! longer one (`guest-file-write`). To each client: nothing further is asked
 //! for it before it has taken its answers, and with 160 MiB waiting altogether, the client that
 //! has not moved for longest is given up, as is any that does not move for a minute. So neither side ever
 //! has to be slowed down for the other, and whatever the guest sends can be taken at once.
@@ -304,6 +306,9 @@ impl GuestChannel {
         if ready.readable || ready.hung_up {
             client.read(self.permit.is_none_or(|holder| holder == client.number), &mut self.buffer, now);
         }
+        if client.starts_afresh() && self.broker.start_afresh(Client::Socket(client.number), now) {
+            client.forget_request();
+        }
         self.serve(slot, now);
         if let Some(Some(client)) = self.clients.get_mut(slot)
             && ready.hung_up
@@ -315,7 +320,7 @@ impl GuestChannel {
     /// Gives the broker the client's next request, if it has none yet.
     fn serve(&mut self, slot: usize, now: Instant) {
         let Some(Some(client)) = self.clients.get_mut(slot) else { return };
-        let large = client.is_large();
+        let large = client.is_large() && !client.is_waiting();
         if let Some(request) = client.next_request() {
             let asker = Client::Socket(client.number);
             self.broker.request(asker, request.execute, request.arguments, now);

@@ -4,8 +4,9 @@ use std::time::Instant;
 
 use protocol::Error;
 
+use super::super::Client;
 use super::super::command::{Command, Kind};
-use super::super::in_flight::Asker;
+use super::super::in_flight::{Asker, Ending, InFlight};
 use super::super::out_of_band::Ability;
 use super::{Broker, Link, Outcome, Queued};
 
@@ -16,15 +17,26 @@ impl Broker {
             return;
         }
         self.overtake(now);
-        if !matches!(self.link, Link::Idle) {
-            return;
+        let thaw = self.queue.iter().position(|queued| queued.command.kind == Kind::Thaw);
+        match &self.link {
+            Link::Idle => {}
+            Link::Busy(freeze) if thaw.is_some() && self.can_cancel(freeze) => {
+                let text = format!("A thaw was asked for before '{}' was answered", freeze.name);
+                return self.finish(Ending::Unknown(Error::generic(text)), now);
+            }
+            _ => return,
         }
         if self.freezes.is_due(self.guest_time(now)) {
-            tracing::warn!("The client that froze the guest is gone, thawing in its place");
-            self.dispatch(Asker::Broker, Command::thaw(), now);
-            return;
+            if let Some(Queued { client, command, .. }) = thaw.and_then(|index| self.queue.remove(index)) {
+                return self.dispatch(Asker::Client(client), command, now);
+            }
+            tracing::warn!("Nobody answers for the freeze any more, thawing");
+            return self.dispatch(Asker::Broker, Command::thaw(), now);
         }
-        let Some(next) = self.queue.iter().position(|queued| !self.overtakes(queued)) else { return };
+        // A thaw that would cancel a freeze goes before it.
+        let thaw = thaw.filter(|_| self.out_of_band.ability() == Ability::Present);
+        let first = || self.queue.iter().position(|queued| !self.overtakes(queued));
+        let Some(next) = thaw.or_else(first) else { return };
         if self.needs_ability(&self.queue[next]) {
             self.dispatch(Asker::Broker, Command::info(), now);
         } else if let Some(Queued { client, command, .. }) = self.queue.remove(next) {
@@ -63,6 +75,45 @@ impl Broker {
 
     fn is_freezing_or_thawing(&self) -> bool {
         matches!(&self.link, Link::Busy(command) if matches!(command.kind, Kind::Freeze | Kind::Thaw))
+    }
+
+    /// Whether the agent ends this command when it is told to thaw, as soon as the kernel lets it. Others thaw when
+    /// the freeze is done.
+    fn can_cancel(&self, command: &InFlight) -> bool {
+        command.kind == Kind::Freeze && self.out_of_band.ability() == Ability::Present
+    }
+
+    /// Nobody waits for the answer to this client's command any more.
+    pub(super) fn orphan_command(&mut self, client: Client, now: Instant) {
+        let Link::Busy(command) = &mut self.link else { return };
+        if command.asker != Asker::Client(client) {
+            return;
+        }
+        command.asker = Asker::Nobody;
+        if let Link::Busy(command) = &self.link
+            && self.can_cancel(command)
+        {
+            self.finish(Ending::Unknown(Error::generic("Nobody waits for the freeze any more")), now);
+        }
+    }
+
+    /// A client synchronises and so waits for nothing it asked before. True if that makes a difference: the command
+    /// may take long, and the agent can be asked beside it. Otherwise its answer comes first, as ever.
+    pub(in super::super) fn start_afresh(&mut self, client: Client, now: Instant) -> bool {
+        if self.out_of_band.ability() != Ability::Present {
+            return false;
+        }
+        let is_given_up = |queued: &Queued| queued.client == client && queued.command.kind.may_take_long();
+        if let Some(index) = self.queue.iter().position(is_given_up) {
+            self.queue.remove(index);
+            return true;
+        }
+        let is_working = matches!(&self.link, Link::Busy(command)
+            if command.asker == Asker::Client(client) && command.kind.may_take_long());
+        if is_working {
+            self.orphan_command(client, now);
+        }
+        is_working
     }
 
     /// What was asked out of band is lost.

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::super::{CLIENTS_MAX, ChannelConfig, GuestChannel};
+use super::broker::info;
 use super::{Random, Wire, arguments};
 use crate::event_loop::{Interest, Ready, Token, Watch};
 
@@ -35,16 +36,21 @@ struct FakeAgent {
     asked: u64,
     answered: u64,
     frozen: i64,
+    /// It answers out of band, and lets a 0xFF end what it does.
+    able: bool,
 }
 
 impl FakeAgent {
     fn new() -> Self {
-        Self { wire: Wire::new(), todo: VecDeque::new(), asked: 0, answered: 0, frozen: 0 }
+        Self { wire: Wire::new(), todo: VecDeque::new(), asked: 0, answered: 0, frozen: 0, able: false }
     }
 
     fn hear(&mut self, bytes: &[u8]) {
         for item in self.wire.items(bytes) {
             match item {
+                Item::Value(request) if self.able && request.get("exec-oob").is_some() => {
+                    self.todo.push_front(request);
+                }
                 Item::Value(request) => {
                     assert!(request.get("id").is_none(), "old agents refuse an id: {request}");
                     let is_sync = request["execute"] == "guest-sync-delimited";
@@ -53,7 +59,12 @@ impl FakeAgent {
                     self.todo.push_back(request);
                 }
                 // Whoever says this gives up what he asked before.
-                Item::Sentinel => self.answered = self.asked,
+                Item::Sentinel => {
+                    self.answered = self.asked;
+                    if self.able {
+                        self.todo.clear();
+                    }
+                }
                 Item::Error(error) => panic!("the broker sent garbage: {error}"),
             }
         }
@@ -61,8 +72,11 @@ impl FakeAgent {
 
     /// Does the next thing.
     fn answer(&mut self) -> Vec<u8> {
-        let Some(request) = self.todo.pop_front() else { return Vec::new() };
-        self.answered = (self.answered + 1).min(self.asked);
+        let Some(mut request) = self.todo.pop_front() else { return Vec::new() };
+        match request.get_mut("exec-oob").map(Value::take) {
+            Some(name) => request["execute"] = name,
+            None => self.answered = (self.answered + 1).min(self.asked),
+        }
         let args = &request["arguments"];
         let mut mark = &b""[..];
         let result = match request["execute"].as_str().unwrap() {
@@ -84,12 +98,16 @@ impl FakeAgent {
             "guest-file-read" => Ok(json!({"buf-b64": "A".repeat(8 << 20)})),
             "guest-file-write" => Ok(json!({"count": args["buf-b64"].as_str().unwrap().len()})),
             "guest-ping" => Ok(json!({})),
+            "guest-info" if self.able => Ok(info(&["tarn-fsfreeze-report"])),
             unknown => Err(Error::command_not_found(unknown)),
         };
-        let reply = match result {
+        let mut reply = match result {
             Ok(value) => json!({"return": value}),
             Err(error) => json!({"error": error}),
         };
+        if let Some(id) = request.get("id") {
+            reply["id"] = id.clone();
+        }
         [mark, reply.to_string().as_bytes(), b"\n"].concat()
     }
 }
@@ -349,6 +367,70 @@ fn a_client_that_dies_without_reading_that_it_froze_is_thawed_for_at_once() {
     drop(client);
     lab.turn();
     assert_eq!((lab.agent.frozen, lab.channel.status(lab.now).automatic_thaws), (0, 1));
+}
+
+#[test]
+fn a_client_that_synchronises_behind_its_freeze_is_answered_and_the_freeze_is_undone() {
+    let mut lab = Lab::new();
+    lab.agent.able = true;
+    let mut client = lab.connect();
+    client.send(b"{\"execute\":\"guest-fsfreeze-freeze\"}");
+    lab.poll();
+    lab.poll();
+    lab.carry();
+    lab.answer();
+    lab.carry();
+    assert_eq!(lab.agent.todo[0]["execute"], "guest-fsfreeze-freeze");
+    // Half a message does not tell yet; others are not affected.
+    client.send(b"\n{\"execute\":\"guest-sync\",\"argu");
+    let mut other = lab.connect();
+    lab.poll();
+    other.send(b"{\"execute\":\"guest-ping\"}");
+    lab.poll();
+    lab.carry();
+    lab.answer();
+    assert_eq!(other.take(), b"{\"return\": {}}\n");
+    client.send(b"ments\":{\"id\":5}}{\"execute\":\"guest-ping\"}");
+    lab.poll();
+    assert_eq!(lab.channel.to_guest()[0], 0xFF);
+    lab.turn();
+    assert_eq!(client.take(), b"{\"return\": 5}\n{\"return\": {}}\n");
+    assert_eq!((lab.agent.frozen, lab.channel.status(lab.now).automatic_thaws), (0, 1));
+    // What is soon done is answered first, as everywhere.
+    let answer = lab.ask(
+        &mut client,
+        b"{\"execute\":\"guest-echo\"}\xff{\"execute\":\"guest-sync\",\"arguments\":{\"id\":6}}",
+    );
+    assert_eq!(answer, b"{\"return\": null}\n{\"return\": 6}\n");
+}
+
+#[test]
+fn what_a_client_sends_while_it_waits_is_bounded_and_takes_no_permit() {
+    let mut lab = Lab::new();
+    let (mut hasty, mut other) = (lab.connect(), lab.connect());
+    lab.poll();
+    hasty.send(b"{\"execute\":\"guest-ping\"}");
+    lab.poll();
+    let payload = "A".repeat(6 << 20);
+    let request = format!("{{\"execute\":\"guest-file-write\",\"arguments\":{{\"buf-b64\":\"{payload}\"}}}}");
+    let mut sent = [0, 0];
+    for _ in 0..400 {
+        sent[0] += push(&mut hasty, &request.as_bytes()[sent[0]..]);
+        lab.poll();
+    }
+    assert!(sent[0] < 3 << 20, "{} bytes", sent[0]);
+    for _ in 0..400 {
+        sent[1] += push(&mut other, &request.as_bytes()[sent[1]..]);
+        lab.poll();
+    }
+    assert_eq!(sent[1], request.len());
+    for _ in 0..400 {
+        sent[0] += push(&mut hasty, &request.as_bytes()[sent[0]..]);
+        lab.turn();
+    }
+    let answer = format!("{{\"return\": {{\"count\": {}}}}}\n", payload.len());
+    assert_eq!(String::from_utf8(hasty.take()).unwrap(), format!("{{\"return\": {{}}}}\n{answer}"));
+    assert_eq!(other.take(), answer.as_bytes());
 }
 
 /// Sends as much as goes; returns how much that was.

@@ -251,6 +251,18 @@ impl Model {
         self.check();
     }
 
+    /// A client says that it does not wait any longer.
+    fn start_afresh(&mut self, random: &mut Random) {
+        let Some(client) = self.pending.keys().nth(random.below(self.pending.len().max(1))).copied() else {
+            return;
+        };
+        if self.lab.broker.start_afresh(Client::Socket(client), self.lab.now) {
+            self.pending.remove(&client);
+            self.resting.push(client);
+        }
+        self.check();
+    }
+
     /// So many bytes reach the agent.
     fn carry(&mut self, count: usize, random: &mut Random) {
         let bytes = self.lab.broker.to_guest()[..count].to_vec();
@@ -339,6 +351,7 @@ impl Model {
                 self.lab.broker.vm_running(self.running, self.lab.now);
                 self.check();
             }
+            35 => self.start_afresh(random),
             33 | 34 => self.expect_promptness(random),
             _ => {}
         }

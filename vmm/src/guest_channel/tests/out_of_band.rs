@@ -450,6 +450,79 @@ fn a_freeze_that_is_not_answered_in_time_is_undone_by_a_thaw_that_succeeds() {
 }
 
 #[test]
+fn a_thaw_does_not_wait_for_the_freeze_it_ends() {
+    let mut lab = able();
+    lab.ask(A, "guest-fsfreeze-freeze", json!({}));
+    lab.sent();
+    lab.ask(B, "guest-fsfreeze-thaw", json!({}));
+    let text = "A thaw was asked for before 'guest-fsfreeze-freeze' was answered";
+    assert_eq!(lab.outcomes(), [(A, failed(text))]);
+    lab.answer_sync();
+    assert_eq!(lab.command(), "guest-fsfreeze-thaw");
+    lab.say(&reply(&json!(1)));
+    assert_eq!(lab.outcomes(), [(B, returned(json!(1)))]);
+    assert!(!lab.is_frozen());
+    assert_eq!(lab.broker.status(lab.now).automatic_thaws, 0, "it was a client's");
+    // Nor for one that has not begun.
+    lab.ask(C, "guest-exec", json!({}));
+    lab.sent();
+    lab.ask(A, "guest-fsfreeze-freeze", json!({}));
+    lab.ask(B, "guest-fsfreeze-thaw", json!({}));
+    for name in ["guest-fsfreeze-thaw", "guest-fsfreeze-freeze"] {
+        lab.say(&reply(&json!(0)));
+        assert_eq!(lab.command(), name);
+    }
+    lab.say(&reply(&json!(0)));
+    lab.outcomes();
+    // A thaw of a client that fails is the broker's to try again.
+    lab.ask(A, "guest-fsfreeze-freeze", json!({}));
+    lab.sent();
+    lab.ask(B, "guest-fsfreeze-thaw", json!({}));
+    lab.answer_sync();
+    assert_eq!(lab.command(), "guest-fsfreeze-thaw");
+    lab.say(b"{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}}\n");
+    lab.outcomes();
+    lab.expect_automatic_thaw();
+}
+
+#[test]
+fn a_freeze_whose_client_leaves_is_cancelled() {
+    let mut lab = able();
+    lab.ask(A, "guest-fsfreeze-freeze", json!({"tarn-thaw-grace-ms": null}));
+    lab.sent();
+    lab.broker.client_gone(A, false, lab.now);
+    lab.answer_sync();
+    lab.expect_automatic_thaw();
+    assert!(!lab.broker.start_afresh(A, lab.now), "it is gone");
+}
+
+#[test]
+fn a_client_that_synchronises_does_not_wait_for_what_takes_long() {
+    let mut lab = able();
+    // A trim goes on, its answer is nobody's.
+    lab.ask(A, "guest-fstrim", json!({}));
+    lab.sent();
+    assert!(!lab.broker.start_afresh(B, lab.now));
+    assert!(lab.broker.start_afresh(A, lab.now));
+    lab.ask(A, "guest-sync", json!({"id": 1}));
+    let (_, id) = lab.question();
+    lab.answer(&id, &json!(1));
+    assert_eq!(lab.outcomes(), [(A, returned(json!(1)))]);
+    // What has not been sent never will be.
+    lab.ask(B, "guest-fsfreeze-freeze", json!({}));
+    assert!(lab.broker.start_afresh(B, lab.now));
+    lab.say(&reply(&json!({"paths": []})));
+    assert!(lab.sent().is_empty() && lab.outcomes().is_empty());
+    // What is soon done is waited for, and so is everything by an old agent.
+    lab.ask(A, "guest-exec", json!({}));
+    lab.sent();
+    assert!(!lab.broker.start_afresh(A, lab.now));
+    let mut lab = Lab::with_agent(&[]);
+    lab.ask(A, "guest-fsfreeze-freeze", json!({}));
+    assert!(!lab.broker.start_afresh(A, lab.now));
+}
+
+#[test]
 fn an_old_agent_is_never_asked_out_of_band() {
     let mut lab = Lab::with_agent(&["guest-ping", "guest-fsfreeze-status"]);
     lab.freeze(A, json!({"tarn-lease-ms": 1}));
