@@ -7,6 +7,7 @@ use crate::access::Access;
 use crate::commands::exec::Children;
 use crate::freeze::Freezing;
 use crate::poller::Poller;
+use crate::watchdog::Watchdog;
 
 /// The state of the commands that are answered at once; the main loop owns it.
 pub(crate) struct Agent {
@@ -14,10 +15,16 @@ pub(crate) struct Agent {
     pub(crate) children: Children,
     /// What the worker's engine is doing.
     pub(crate) freezing: Arc<Freezing>,
+    pub(crate) watchdog: Arc<Watchdog>,
 }
 
 impl Agent {
-    pub(crate) fn new(access: Access, poller: Rc<Poller>, freezing: Arc<Freezing>) -> Self {
-        Self { access, children: Children::new(poller), freezing }
+    pub(crate) fn new(
+        access: Access,
+        poller: Rc<Poller>,
+        freezing: Arc<Freezing>,
+        watchdog: Arc<Watchdog>,
+    ) -> Self {
+        Self { access, children: Children::new(poller), freezing, watchdog }
     }
 }

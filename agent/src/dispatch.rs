@@ -144,6 +144,7 @@ mod tests {
             "guest-ping",
             "guest-sync",
             "guest-sync-delimited",
+            "tarn-fsfreeze-report",
         ];
         assert_eq!(names, expected);
     }

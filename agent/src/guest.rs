@@ -13,7 +13,17 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    pub(crate) fn new(statedir: &Path) -> Self {
-        Self { files: Files::new(statedir), freezer: Freezer::new(Linux, statedir) }
+    pub(crate) fn new(statedir: &Path, freezer: Freezer<Linux>) -> Self {
+        Self { files: Files::new(statedir), freezer }
+    }
+}
+
+#[cfg(test)]
+impl Guest {
+    /// One that does not freeze: this machine is a real one.
+    pub(crate) fn for_test(statedir: &Path) -> Self {
+        let (watchdog, _) = crate::watchdog::Watchdog::fake();
+        let freezer = Freezer::new(Linux, statedir, Default::default(), None, (watchdog.into(), None));
+        Self::new(statedir, freezer.expect("an eventfd"))
     }
 }

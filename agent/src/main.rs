@@ -33,6 +33,7 @@ mod poller;
 mod schema;
 mod server;
 mod signals;
+mod watchdog;
 mod worker;
 
 use std::fs;
@@ -48,6 +49,9 @@ fn main() -> ExitCode {
     let name = arguments.next().unwrap_or_default();
     if init::is_wanted(&name) {
         return init::run();
+    }
+    if name == watchdog::NAME {
+        return watchdog::run();
     }
     match options::parse(arguments, std::env::var_os("QGA_CONF")) {
         Ok(Parsed::Print(text)) => match io::stdout().write_all(&text) {

@@ -23,6 +23,8 @@ pub(crate) enum Token {
     Peer(u8),
     /// A command that ended on the worker.
     Worker,
+    /// The watchdog has something to say.
+    Watchdog,
     /// The listening socket, or the watch on a port that is absent.
     Waiting,
     Child {
@@ -43,6 +45,7 @@ const CHILD_INPUT: u64 = 4;
 const CHILD_OUTPUT: u64 = 5;
 const CHILD_ERROR: u64 = 6;
 const WORKER: u64 = 7;
+const WATCHDOG: u64 = 8;
 /// The kind is below, a child's pid or a peer's seat above.
 const KIND_BITS: u32 = 32;
 
@@ -52,6 +55,7 @@ impl From<Token> for u64 {
             Token::Signals => SIGNALS,
             Token::Peer(seat) => Self::from(seat) << KIND_BITS | PEER,
             Token::Worker => WORKER,
+            Token::Watchdog => WATCHDOG,
             Token::Waiting => WAITING,
             Token::Child { pid, stream } => {
                 let kind = match stream {
@@ -76,6 +80,7 @@ impl TryFrom<u64> for Token {
             SIGNALS => Ok(Self::Signals),
             PEER => seat.map(Self::Peer).map_err(|_| UnknownToken(data)),
             WORKER => Ok(Self::Worker),
+            WATCHDOG => Ok(Self::Watchdog),
             WAITING => Ok(Self::Waiting),
             CHILD_INPUT => Ok(Self::Child { pid, stream: Stream::Input }),
             CHILD_OUTPUT => Ok(Self::Child { pid, stream: Stream::Output }),
@@ -172,6 +177,7 @@ mod tests {
             Token::Peer(0),
             Token::Peer(u8::MAX),
             Token::Worker,
+            Token::Watchdog,
             Token::Waiting,
             child(Stream::Input),
             child(Stream::Output),

@@ -75,6 +75,19 @@ pub(crate) enum Run {
     Worker(fn(&mut Guest, Args) -> Result<Value, Error>),
 }
 
+/// What a command means for a freeze.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Nothing.
+    None,
+    /// It freezes: nobody who hears of its success must leave without a trace.
+    Freeze,
+    /// It thaws, and so ends a freeze in progress.
+    Thaw,
+    /// It asks how things are, and so shows that somebody cares.
+    FreezeStatus,
+}
+
 /// A command, declared once.
 #[derive(Clone, Copy)]
 pub(crate) struct Command {
@@ -93,6 +106,7 @@ pub(crate) struct Command {
     pub(crate) success_response: bool,
     /// Whether 0xFF precedes a successful reply.
     pub(crate) marked: bool,
+    pub(crate) role: Role,
 }
 
 impl Command {
@@ -108,6 +122,7 @@ impl Command {
             out_of_band: false,
             success_response: true,
             marked: false,
+            role: Role::None,
         }
     }
 
@@ -129,6 +144,10 @@ impl Command {
 
     pub(crate) const fn without_success_response(self) -> Self {
         Self { success_response: false, ..self }
+    }
+
+    pub(crate) const fn plays(self, role: Role) -> Self {
+        Self { role, ..self }
     }
 
     pub(crate) const fn marked(self) -> Self {

@@ -23,11 +23,13 @@ use serde_json::Value;
 use crate::agent::Agent;
 use crate::channel::{Channel, Received, Seat};
 use crate::dispatch::{self, Incoming};
+use crate::freeze::{Cause, Freezer, Hooks, Linux, Phase};
 use crate::guest::Guest;
 use crate::options::Options;
 use crate::poller::{Poller, Ready, Token};
-use crate::schema::{Command, Run};
+use crate::schema::{Command, Role, Run};
 use crate::signals::Signals;
+use crate::watchdog::{News, Watchdog};
 use crate::worker::{Finished, Ticket, Worker};
 use crate::{inheritance, log};
 
@@ -37,6 +39,8 @@ const REQUESTS_PER_TURN: usize = 64;
 const JOBS: usize = 16;
 /// How long the end waits for filesystems to thaw.
 const THAWING: Duration = Duration::from_secs(30);
+/// The lease of a freeze whose client left before it could hear of it.
+const UNHEARD_LEASE: Duration = Duration::from_secs(10);
 
 /// Why the agent cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -50,20 +54,27 @@ pub(crate) enum ServeError {
 /// Opens the channel, and serves it nobody yet. A listening socket that was `inherited` counts more than the
 /// address of the options.
 pub(crate) fn start(options: Options, inherited: Option<OwnedFd>) -> Result<Server, ServeError> {
-    let Options { address, statedir, access, .. } = options;
+    let Options { address, statedir, access, freeze, .. } = options;
     if let Err(error) = inheritance::keep_from_children() {
         log::warning(format_args!("Children will inherit open descriptors: {error}"));
     }
     let signals = Signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGCHLD]).map_err(ServeError::SetUp)?;
     let poller = Rc::new(Poller::new().map_err(ServeError::SetUp)?);
     poller.add_readable(&signals, Token::Signals).map_err(ServeError::SetUp)?;
-    let guest = Guest::new(&statedir);
-    let agent = Agent::new(access.clone(), Rc::clone(&poller), Arc::clone(guest.freezer.freezing()));
+    let hooks = Hooks { program: freeze.hook, directory: freeze.hook_dir, timeout: freeze.hook_timeout };
+    let (watchdog, inheritance) = Watchdog::start(&statedir, hooks.clone()).map_err(ServeError::SetUp)?;
+    let watchdog = Arc::new(watchdog);
+    poller.add_readable(&*watchdog.socket(), Token::Watchdog).map_err(ServeError::SetUp)?;
+    let freezer = Freezer::new(Linux, &statedir, hooks, freeze.lease, (Arc::clone(&watchdog), inheritance));
+    let guest = Guest::new(&statedir, freezer.map_err(ServeError::SetUp)?);
+    let freezing = Arc::clone(guest.freezer.freezing());
+    let agent = Agent::new(access.clone(), Rc::clone(&poller), freezing, watchdog);
     let worker = Worker::start(guest, access).map_err(ServeError::SetUp)?;
     poller.add_readable(&worker, Token::Worker).map_err(ServeError::SetUp)?;
     let channel = Channel::open(&address, inherited, Rc::clone(&poller)).map_err(ServeError::SetUp)?;
     let sessions = channel.seats().map(|_| Session::default()).collect();
-    Ok(Server { signals, poller, channel, agent, worker, sessions, unfinished: true })
+    let freeze_timeout = freeze.timeout;
+    Ok(Server { signals, poller, channel, agent, worker, sessions, freeze_timeout, unfinished: true })
 }
 
 /// What one peer waits for.
@@ -100,6 +111,9 @@ pub(crate) struct Server {
     poller: Rc<Poller>,
     channel: Channel,
     worker: Worker,
+    // Fixed configuration.
+    /// The longest a freeze may take.
+    freeze_timeout: Option<Duration>,
     // Volatile state.
     agent: Agent,
     sessions: Vec<Session>,
@@ -126,6 +140,9 @@ impl Server {
             if self.channel.retry_at().is_some_and(|at| at <= Instant::now()) {
                 self.channel.connect();
             }
+            if self.freeze_overdue_at().is_some_and(|at| at <= Instant::now()) {
+                self.cancel_freeze("The freeze took too long");
+            }
         }
     }
 
@@ -140,6 +157,7 @@ impl Server {
                     self.on_finished(finished);
                 }
             }
+            Token::Watchdog => self.hear_watchdog(),
             Token::Child { pid, stream } => self.agent.children.on_ready(pid, stream),
         }
         false
@@ -150,7 +168,8 @@ impl Server {
         if self.unfinished {
             return Some(Duration::ZERO);
         }
-        self.channel.retry_at().map(|at| at.saturating_duration_since(Instant::now()))
+        let due = [self.channel.retry_at(), self.freeze_overdue_at()].into_iter().flatten().min();
+        due.map(|at| at.saturating_duration_since(Instant::now()))
     }
 
     /// Takes what a peer has sent, as far as it has its turn.
@@ -171,7 +190,7 @@ impl Server {
                     Received::Lost(error) => {
                         self.sessions[index] = Session::default();
                         log::warning(format_args!("The channel is gone: {error}"));
-                        self.thaw_for_nobody("the channel is gone");
+                        self.thaw_for(Cause::ChannelLost);
                         continue;
                     }
                     Received::Nothing => return,
@@ -205,6 +224,7 @@ impl Server {
             Err(error) => self.reply(seat, None, request, Err(error)),
             Ok(command) => {
                 log::debug(format_args!("{}", command.name));
+                self.before(command, request.oob);
                 match command.run {
                     Run::Prompt(handler) => {
                         let result = handler(&mut self.agent, args);
@@ -232,15 +252,20 @@ impl Server {
     }
 
     /// A command on the worker has ended. Its peer may have left, or wait for it no more.
-    fn on_finished(&mut self, Finished { ticket, result }: Finished) {
-        let asked = |session: &Session| session.busy.as_ref().is_some_and(|busy| busy.ticket == ticket);
-        let seat = self.channel.seats().find(|&seat| asked(&self.sessions[usize::from(seat)]));
-        let Some((seat, busy)) =
-            seat.and_then(|seat| Some((seat, self.sessions[usize::from(seat)].busy.take()?)))
-        else {
-            return;
-        };
-        self.reply(seat, Some(busy.command), busy.request, result);
+    fn on_finished(&mut self, Finished { ticket, role, result }: Finished) {
+        match self.take_busy(|busy| busy.ticket == ticket) {
+            Some((seat, busy)) => self.reply(seat, Some(busy.command), busy.request, result),
+            None if role == Role::Freeze && result.is_ok() => self.shorten_lease(),
+            None => {}
+        }
+    }
+
+    /// The first peer that waits for such a command, and what it waits for.
+    fn take_busy(&mut self, is_it: impl Fn(&Busy) -> bool) -> Option<(Seat, Busy)> {
+        self.channel.seats().find_map(|seat| {
+            let busy = &mut self.sessions[usize::from(seat)].busy;
+            Some((seat, busy.take_if(|busy| is_it(busy))?))
+        })
     }
 
     /// True if one of the signals asks the agent to end.
@@ -256,36 +281,110 @@ impl Server {
     }
 }
 
-/// Thawing at the end.
+/// What the loop has to do with freezing: it is never in the way of a thaw.
 impl Server {
-    /// Thaws what is frozen when nobody is left to ask for it.
-    fn thaw_for_nobody(&mut self, why: &str) {
-        if !self.agent.freezing.is_frozen() {
-            return;
-        }
-        log::warning(format_args!("Thawing: {why}"));
-        let thaw = dispatch::all().find(|command| command.name == "guest-fsfreeze-thaw");
-        if let Some((command, Run::Worker(handler))) = thaw.map(|command| (command, command.run)) {
-            self.worker.submit(command, handler, Args::new(protocol::Map::new()));
+    /// What a command means for a freeze before it runs.
+    fn before(&mut self, command: &Command, oob: bool) {
+        match command.role {
+            Role::Thaw => self.cancel_freeze("The freeze was cancelled by guest-fsfreeze-thaw"),
+            // Whoever only watches asks out of band.
+            Role::FreezeStatus if !oob && self.agent.freezing.renew() => {
+                self.tell_watchdog(self.agent.watchdog.renew());
+            }
+            Role::None | Role::Freeze | Role::FreezeStatus => {}
         }
     }
 
+    fn freeze_overdue_at(&self) -> Option<Instant> {
+        self.agent.freezing.overdue_at(self.freeze_timeout?)
+    }
+
+    /// Ends a freeze in progress, if there is one. The kernel cannot be stopped: what it is freezing right now
+    /// is thawed when it is done with it, everything else at once. The client does not wait for that.
+    fn cancel_freeze(&mut self, why: &str) {
+        if !self.agent.freezing.cancel(why) {
+            return;
+        }
+        log::warning(format_args!("{why}"));
+        self.tell_watchdog(self.agent.watchdog.thaw(Cause::Failure));
+        while let Some((seat, busy)) = self.take_busy(|busy| busy.command.role == Role::Freeze) {
+            self.reply(seat, Some(busy.command), busy.request, Err(Error::generic(why)));
+        }
+    }
+
+    /// Nobody heard that the guest is frozen.
+    fn shorten_lease(&mut self) {
+        if self.agent.freezing.shorten(UNHEARD_LEASE) {
+            self.tell_watchdog(self.agent.watchdog.arm(Some(UNHEARD_LEASE)));
+        }
+    }
+
+    fn hear_watchdog(&mut self) {
+        match self.agent.watchdog.news() {
+            None => {}
+            Some(News::Thawed(cause)) => {
+                log::warning(format_args!("The watchdog has thawed: {}", cause.name()));
+                self.agent.freezing.lost(cause);
+                self.cancel_freeze("The lease ran out before everything was frozen");
+                self.submit_thaw(cause);
+            }
+            Some(News::Dead) => self.replace_watchdog(),
+        }
+    }
+
+    fn replace_watchdog(&mut self) {
+        log::error(format_args!("The watchdog has died; starting another one"));
+        let watchdog = Arc::clone(&self.agent.watchdog);
+        let restarted = watchdog.restart();
+        let watched = restarted.and_then(|()| self.poller.add_readable(&*watchdog.socket(), Token::Watchdog));
+        if let Err(error) = watched {
+            log::error(format_args!("There is no watchdog any more: {error}"));
+        }
+        self.worker.submit_chore(Box::new(|guest| {
+            if let Err(error) = guest.freezer.rearm() {
+                log::error(format_args!("Cannot arm the new watchdog: {error}"));
+            }
+        }));
+    }
+
+    fn tell_watchdog(&self, told: io::Result<()>) {
+        if let Err(error) = told {
+            log::error(format_args!("Cannot tell the watchdog: {error}"));
+        }
+    }
+
+    /// Thaws what is frozen when nobody is left to ask for it.
+    fn thaw_for(&mut self, cause: Cause) {
+        if self.agent.freezing.is_frozen() {
+            log::warning(format_args!("Thawing: {}", cause.name()));
+            self.cancel_freeze("The agent thaws for want of a host");
+            self.submit_thaw(cause);
+        }
+    }
+
+    fn submit_thaw(&mut self, cause: Cause) {
+        self.worker.submit_chore(Box::new(move |guest| {
+            if let Err(error) = guest.freezer.thaw_for(cause) {
+                log::error(format_args!("{}", error.text()));
+            }
+        }));
+    }
+
+    /// Filesystems that are still frozen are thawed. If one hangs, the watchdog stays with it.
     fn end(&mut self) {
-        self.thaw_for_nobody("the agent ends");
+        self.thaw_for(Cause::AgentEnds);
         let deadline = Instant::now() + THAWING;
-        while self.agent.freezing.is_frozen() && self.worker.waiting() > 0 {
+        while self.agent.freezing.phase() != Phase::Thawed {
             let rest = deadline.saturating_duration_since(Instant::now());
-            if rest.is_zero() {
-                log::error(format_args!("Filesystems are still frozen after {} s", THAWING.as_secs()));
+            if rest.is_zero() || self.worker.waiting() == 0 {
+                log::error(format_args!("Filesystems are still frozen"));
                 break;
             }
-            match self.poller.wait(Some(rest)) {
-                Ok(events) if events.iter().any(|(token, _)| *token == Token::Worker) => {
-                    for finished in self.worker.finished() {
-                        self.on_finished(finished);
-                    }
+            let events = self.poller.wait(Some(rest)).unwrap_or_default();
+            if events.iter().any(|(token, _)| *token == Token::Worker) {
+                for finished in self.worker.finished() {
+                    self.on_finished(finished);
                 }
-                _ => {}
             }
         }
         self.channel.flush();

@@ -23,7 +23,7 @@ use serde_json::Value;
 use crate::access::Access;
 use crate::dispatch;
 use crate::guest::Guest;
-use crate::schema::Command;
+use crate::schema::{Command, Role};
 
 /// Memory is locked while frozen, stacks included.
 const STACK: usize = 256 << 10;
@@ -34,17 +34,24 @@ pub(crate) type Ticket = u64;
 /// A command's code on the worker.
 pub(crate) type Handler = fn(&mut Guest, Args) -> Result<Value, Error>;
 
+/// What the agent itself has to do there.
+pub(crate) type Chore = Box<dyn FnOnce(&mut Guest) + Send>;
+
 struct Job {
     ticket: Ticket,
-    command: &'static Command,
-    handler: Handler,
-    args: Args,
+    work: Work,
+}
+
+enum Work {
+    Command { command: &'static Command, handler: Handler, args: Args },
+    Chore(Chore),
 }
 
 /// A job that ended.
 #[derive(Debug)]
 pub(crate) struct Finished {
     pub(crate) ticket: Ticket,
+    pub(crate) role: Role,
     pub(crate) result: Result<Value, Error>,
 }
 
@@ -65,12 +72,10 @@ impl Worker {
         let (results, finished) = mpsc::channel();
         let ring = Arc::clone(&bell);
         thread::Builder::new().name("worker".into()).stack_size(STACK).spawn(move || {
-            for Job { ticket, command, handler, args } in queue {
-                // Looked at again: filesystems may be frozen since the request came.
-                let frozen = guest.freezer.is_frozen();
-                let result = dispatch::check_enabled(command, &access, frozen)
-                    .and_then(|()| handler(&mut guest, args));
-                if results.send(Finished { ticket, result }).is_err() {
+            for Job { ticket, work } in queue {
+                let role = work.role();
+                let result = carry_out(work, &mut guest, &access);
+                if results.send(Finished { ticket, role, result }).is_err() {
                     return;
                 }
                 // Fails only if the counter is full: then the bell rings already.
@@ -82,10 +87,19 @@ impl Worker {
 
     /// Queues a command.
     pub(crate) fn submit(&mut self, command: &'static Command, handler: Handler, args: Args) -> Ticket {
+        self.queue(Work::Command { command, handler, args })
+    }
+
+    /// Queues something of the agent's own.
+    pub(crate) fn submit_chore(&mut self, chore: Chore) {
+        self.queue(Work::Chore(chore));
+    }
+
+    fn queue(&mut self, work: Work) -> Ticket {
         self.last += 1;
         self.waiting += 1;
         // The worker ends after this end of the queue, not before.
-        let _ = self.jobs.send(Job { ticket: self.last, command, handler, args });
+        let _ = self.jobs.send(Job { ticket: self.last, work });
         self.last
     }
 
@@ -101,6 +115,29 @@ impl Worker {
         let finished: Vec<Finished> = self.finished.try_iter().collect();
         self.waiting -= finished.len();
         finished
+    }
+}
+
+impl Work {
+    fn role(&self) -> Role {
+        match self {
+            Self::Command { command, .. } => command.role,
+            Self::Chore(_) => Role::None,
+        }
+    }
+}
+
+fn carry_out(work: Work, guest: &mut Guest, access: &Access) -> Result<Value, Error> {
+    match work {
+        Work::Command { command, handler, args } => {
+            // Looked at again: filesystems may be frozen since the request came.
+            dispatch::check_enabled(command, access, guest.freezer.is_frozen())?;
+            handler(guest, args)
+        }
+        Work::Chore(chore) => {
+            chore(guest);
+            Ok(Value::Null)
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::disk_address::{BlockDevice, DISK_ADDRESS};
 use super::root::Root;
 use super::{errno_text, failed};
-use crate::freeze::{Kernel, Linux, Superblock, superblocks};
+use crate::freeze::{Kernel, Linux, Superblock, survey};
 use crate::guest::Guest;
 use crate::schema::{Command, Run, Type, optional, required};
 
@@ -80,7 +80,7 @@ fn get_fsinfo(_: &mut Guest, args: Args) -> Result<Value, Error> {
 fn mounted() -> Result<(Vec<u8>, Vec<Superblock>), Error> {
     let what = "failed to open /proc/self/mountinfo";
     let text = Linux.mountinfo().map_err(|error| failed(what, &error))?;
-    let superblocks = superblocks(&text, |path| Linux.block_device(path));
+    let superblocks = survey(&text, |path| Linux.block_device(path)).superblocks;
     Ok((text, superblocks))
 }
 
@@ -210,7 +210,7 @@ mod tests {
 ";
 
     fn all(machine: &Machine, usage: Option<&StatVfs>) -> Vec<Value> {
-        let superblocks = superblocks(MOUNTINFO, |_| None);
+        let superblocks = survey(MOUNTINFO, |_| None).superblocks;
         let values =
             superblocks.iter().map(|superblock| filesystem(&machine.root, superblock, MOUNTINFO, usage));
         let values: Vec<Value> = values.collect();

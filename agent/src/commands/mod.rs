@@ -53,7 +53,7 @@ mod tests {
     #[test]
     fn whatever_this_machine_is_like_facts_about_it_are_of_their_declared_types() {
         let directory = tempfile::tempdir().unwrap();
-        let mut guest = Guest::new(directory.path());
+        let mut guest = Guest::for_test(directory.path());
         let mut asked = 0;
         let is_get = |name: &str| name.starts_with("guest-get-") || name.starts_with("guest-network-get-");
         for command in dispatch::all().filter(|command| is_get(command.name)) {

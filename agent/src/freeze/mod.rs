@@ -1,127 +1,118 @@
 //! Freezing and thawing the guest's filesystems.
 //!
 //! ```text
-//!           freeze: open all ─▶ state file ─▶ FIFREEZE, last mounted first
-//!  ┌────────┐ ───────────────────────────────────────────────────────────▶ ┌────────┐
-//!  │ Thawed │                                                              │ Frozen │ holds the
-//!  └────────┘ ◀─────────────────────────────────────────────────────────── └────────┘ descriptors
-//!           thaw: FITHAW until the kernel says no ─▶ unlink state file
+//!             hooks ▶ open all ▶ sync ▶ state file ▶ watchdog armed ▶ FIFREEZE, dependents first
+//!   ┌────────┐ ──────────────────────────── Freezing ───────────────────────────────▶ ┌────────┐
+//!   │ Thawed │          any failure, cancelled, too long: what is frozen is thawed     │ Frozen │
+//!   └────────┘ ◀──────────────────────────── Thawing ──────────────────────────────── └────────┘
+//!             FITHAW until the kernel says no ▶ state file removed ▶ hooks
 //! ```
 //!
 //! Every descriptor is open before the first filesystem is frozen: a mount that cannot be opened fails
 //! the freeze while nothing is frozen, and the thaw depends on no path. Holding them until the thaw
-//! makes `umount` say busy instead of leaving a frozen filesystem that nobody can reach.
+//! makes `umount` say busy instead of leaving a frozen filesystem that nobody can reach. Before writers
+//! have to wait, what is dirty is written back, so that they wait less.
 //!
 //! The state file is there before the first filesystem is frozen and until the last one is thawed, so
 //! that an agent that starts anew knows that it has to thaw. Its name is the reference agent's: either
 //! takes over from the other.
+//!
+//! A frozen guest has four ways out, each of which needs none of the others: the client thaws; the agent
+//! thaws when it ends or loses the host; the [`crate::watchdog`] thaws when the lease runs out or the agent
+//! dies; an agent that starts again thaws for its predecessor.
+//!
+//! [`mounts`] and [`order`] are pure; [`engine`] is what happens between agent and kernel; [`progress`] is
+//! what the main loop sees of it while the worker is at it; [`report`] is what is told afterwards.
 
+mod engine;
+mod hooks;
+mod label;
 mod linux;
 mod mounts;
+mod order;
+mod progress;
+mod report;
+mod uncover;
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
 
+use rustix::mm::{MlockAllFlags, mlockall, munlockall};
+
+use self::engine::Held;
+pub(crate) use self::engine::{Engine, FreezeError, Kernel};
+pub(crate) use self::hooks::Hooks;
+pub(crate) use self::label::Label;
 pub(crate) use self::linux::Linux;
-pub(crate) use self::mounts::{Device, Superblock, mountpoints, superblocks};
-use crate::log;
+pub(crate) use self::mounts::{Superblock, mountpoints, survey};
+pub(crate) use self::progress::{Freezing, Phase};
+pub(crate) use self::report::{Cause, REPORT, milliseconds};
+use self::report::{Outcome, Report, Thaw};
+use crate::watchdog::{Inheritance, Watchdog};
+use crate::{log, pidfile};
 
-/// FITHAWs of one filesystem: each undoes one freeze, and nobody freezes this often.
-const THAWS: usize = 1024;
-
-/// What the engine needs of the kernel.
-pub(crate) trait Kernel {
-    /// An open directory (or file) on a filesystem.
-    type Handle;
-
-    /// The content of `/proc/self/mountinfo`.
-    fn mountinfo(&self) -> io::Result<Vec<u8>>;
-
-    /// The device number of the block device at `path`; `None` if that is something else.
-    fn block_device(&self, path: &Path) -> Option<Device>;
-
-    /// Opens a mount point. `NotFound` if the path leads elsewhere than to the mount with this id:
-    /// another mount hides it.
-    fn open(&self, path: &Path, mount: u64) -> io::Result<Self::Handle>;
-
-    /// `ioctl(FIFREEZE)`: returns when everything dirty is on the disk.
-    fn freeze(&self, handle: &Self::Handle) -> io::Result<()>;
-
-    /// `ioctl(FITHAW)`.
-    fn thaw(&self, handle: &Self::Handle) -> io::Result<()>;
-}
-
-/// Why a freeze or a thaw failed.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum FreezeError {
-    #[error("failed to open /proc/self/mountinfo")]
-    Mounts(#[source] io::Error),
-    #[error("failed to open {}", mountpoint.display())]
-    Open { mountpoint: PathBuf, source: io::Error },
-    #[error("failed to freeze {}", mountpoint.display())]
-    Freeze { mountpoint: PathBuf, source: io::Error },
-    #[error("failed to thaw {}", mountpoint.display())]
-    Thaw { mountpoint: PathBuf, source: io::Error },
-}
-
-/// What other threads may know of a [`Freezer`].
-#[derive(Debug, Default)]
-pub(crate) struct Freezing {
-    frozen: AtomicBool,
-}
-
-impl Freezing {
-    pub(crate) fn is_frozen(&self) -> bool {
-        self.frozen.load(Ordering::Acquire)
-    }
-}
+const STATE_FILE: &str = "qga.state.isfrozen";
 
 /// Knows what is frozen, and freezes and thaws.
 #[derive(Debug)]
 pub(crate) struct Freezer<K: Kernel> {
-    freezing: Arc<Freezing>,
-    kernel: K,
+    // Fixed configuration.
+    engine: Engine<K>,
+    hooks: Hooks,
+    /// The lease of a freeze that asks for none.
+    lease: Option<Duration>,
     state_file: PathBuf,
-    state: State<K::Handle>,
+    // Wiring.
+    freezing: Arc<Freezing>,
+    watchdog: Arc<Watchdog>,
+    // Volatile state.
+    /// In the order of freezing. Those a former agent froze are here only if its watchdog held them.
+    held: Vec<Held<K::Handle>>,
+    /// Hooks that were told of a freeze and not of its end.
+    owed: Vec<PathBuf>,
 }
 
-#[derive(Debug)]
-enum State<H> {
-    Thawed,
-    /// By this agent (then these are held) or by a former one (then nothing is).
-    Frozen(Vec<Held<H>>),
+/// What to freeze, and for how long.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Selection {
+    /// All if absent.
+    pub(crate) mountpoints: Option<Vec<PathBuf>>,
+    /// The usual lease if absent; zero for none.
+    pub(crate) lease: Option<Duration>,
 }
 
-#[derive(Debug)]
-struct Held<H> {
-    superblock: Superblock,
-    handle: H,
-}
-
-impl<K: Kernel> Freezer<K> {
-    /// Frozen if the state file is there, and also if that cannot be told: then a thaw does no harm.
-    pub(crate) fn new(kernel: K, statedir: &Path) -> Self {
-        let state_file = statedir.join("qga.state.isfrozen");
-        let state = match fs::symlink_metadata(&state_file) {
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                State::Thawed
-            }
-            found => {
-                let why = found.err().map_or_else(|| "exists".into(), |error| error.to_string());
-                log::warning(format_args!(
-                    "{}: {why}; taking the filesystems to be frozen until guest-fsfreeze-thaw",
-                    state_file.display()
-                ));
-                log::hold();
-                State::Frozen(Vec::new())
-            }
+impl<K: Kernel> Freezer<K>
+where
+    K::Handle: AsFd + From<OwnedFd>,
+{
+    /// Thawed, unless a former agent left something frozen.
+    pub(crate) fn new(
+        kernel: K,
+        statedir: &Path,
+        hooks: Hooks,
+        lease: Option<Duration>,
+        (watchdog, inheritance): (Arc<Watchdog>, Option<Inheritance>),
+    ) -> io::Result<Self> {
+        let mut freezer = Self {
+            engine: Engine::new(kernel),
+            hooks,
+            lease,
+            state_file: statedir.join(STATE_FILE),
+            freezing: Arc::new(Freezing::new()?),
+            watchdog,
+            held: Vec::new(),
+            owed: Vec::new(),
         };
-        let freezing = Arc::new(Freezing { frozen: AtomicBool::new(matches!(state, State::Frozen(_))) });
-        Self { freezing, kernel, state_file, state }
+        match inheritance {
+            Some(inheritance) => freezer.inherit(inheritance),
+            None => freezer.look_for_state_file(),
+        }
+        Ok(freezer)
     }
 
     /// What other threads may know.
@@ -129,48 +120,118 @@ impl<K: Kernel> Freezer<K> {
         &self.freezing
     }
 
-    fn set(&mut self, state: State<K::Handle>) {
-        self.freezing.frozen.store(matches!(state, State::Frozen(_)), Ordering::Release);
-        self.state = state;
-    }
-
     pub(crate) fn is_frozen(&self) -> bool {
-        matches!(self.state, State::Frozen(_))
+        self.freezing.is_frozen()
     }
 
-    /// Freezes every filesystem on a block device; returns how many. Filesystems that cannot freeze
-    /// and those that somebody else froze do not count.
+    /// Freezes every filesystem on a block device, or those selected; returns how many. Filesystems that
+    /// cannot freeze and those that somebody else froze do not count.
     ///
     /// # Errors
     ///
     /// The first failure, after everything was thawed again.
-    pub(crate) fn freeze(&mut self) -> Result<u64, FreezeError> {
-        let handles = self.open_all()?;
+    pub(crate) fn freeze(&mut self, selection: &Selection) -> Result<u64, FreezeError> {
+        let lease = selection.lease.or(self.lease).filter(|lease| !lease.is_zero());
+        self.freezing.begin(lease);
+        let result = self.try_freeze(selection, lease);
+        match &result {
+            Ok(count) if *count > 0 => {
+                self.freezing.enter(Phase::Frozen);
+                return result;
+            }
+            Ok(_) => {}
+            Err(error) => self.freezing.with_report(|report| report.error = Some(error.text())),
+        }
+        // Nothing frozen is no failure, and still the end: hooks may have run.
+        if let Err(error) = self.settle(Cause::Failure, false) {
+            log::error(format_args!("{} after a freeze that failed", error.text()));
+        }
+        if result.is_ok() {
+            self.freezing.with_report(|report| report.thawed_by = None);
+        }
+        result
+    }
+
+    fn try_freeze(&mut self, selection: &Selection, lease: Option<Duration>) -> Result<u64, FreezeError> {
+        self.watchdog.begin(!self.hooks.is_empty()).map_err(FreezeError::Watchdog)?;
+        self.run_freeze_hooks()?;
+        self.hold(selection.mountpoints.as_deref())?;
+        for held in &self.held {
+            self.check_cancelled()?;
+            self.engine.sync(held);
+        }
+        self.check_cancelled()?;
+        // From here on nothing may wait for a disk.
+        log::hold();
+        if let Err(error) = mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE) {
+            log::debug(format_args!("Cannot lock memory: {error}"));
+        }
         if let Err(error) = self.create_state_file() {
             log::warning(format_args!("Cannot create {}: {error}", self.state_file.display()));
         }
-        let mut frozen = Vec::new();
-        for held in handles.into_iter().rev() {
-            match self.kernel.freeze(&held.handle) {
-                Ok(()) => frozen.push(held),
-                Err(error) if is_no_failure(&error) => {}
-                Err(source) => {
-                    let mountpoint = held.superblock.mountpoint().to_owned();
-                    self.set(State::Frozen(frozen));
-                    if let Err(error) = self.thaw() {
-                        log::error(format_args!("{error} after a failed freeze"));
-                    }
-                    return Err(FreezeError::Freeze { mountpoint, source });
-                }
+        self.watchdog.arm(lease).map_err(FreezeError::Watchdog)?;
+        self.freezing.arm(lease);
+        self.freeze_held()
+    }
+
+    fn run_freeze_hooks(&mut self) -> Result<(), FreezeError> {
+        let Self { hooks, freezing, owed, .. } = self;
+        let ran = hooks.freeze(freezing.cancelled(), |run| {
+            if hooks::was_started(&run) {
+                owed.push(run.program.clone());
             }
+            freezing.with_report(|report| report.hooks.push(run));
+        });
+        self.check_cancelled()?;
+        ran.map_err(FreezeError::Hook)
+    }
+
+    /// Opens what is to be frozen, and has the watchdog hold it, too.
+    fn hold(&mut self, mountpoints: Option<&[PathBuf]>) -> Result<(), FreezeError> {
+        let mut survey = self.engine.survey()?;
+        if let Some(mountpoints) = mountpoints {
+            survey.superblocks.retain(|superblock| {
+                superblock.mounts().any(|mount| mountpoints.contains(&mount.mountpoint))
+            });
+            survey.others.clear();
         }
-        let count = frozen.len() as u64;
-        if frozen.is_empty() {
-            self.unlink_state_file();
-        } else {
-            self.set(State::Frozen(frozen));
+        self.held = self.engine.open_all(&survey.superblocks)?;
+        for held in &self.held {
+            let fd = held.handle.as_fd();
+            self.watchdog.hold(held.superblock.label(), fd).map_err(FreezeError::Watchdog)?;
         }
+        self.freezing.with_report(|report| {
+            report.filesystems = self.held.iter().map(Held::record).collect();
+            report.others = survey.others;
+        });
+        Ok(())
+    }
+
+    fn freeze_held(&mut self) -> Result<u64, FreezeError> {
+        let mut count = 0;
+        for (index, held) in self.held.iter().enumerate() {
+            self.check_cancelled()?;
+            let mut record = held.record();
+            self.freezing.with_report(|report| {
+                if let Some(record) = report.filesystems.get_mut(index) {
+                    record.outcome = Outcome::Freezing;
+                }
+            });
+            let result = self.engine.freeze(held, &mut record);
+            count += u64::from(record.outcome == Outcome::Frozen);
+            self.freezing.with_report(|report| {
+                if let Some(place) = report.filesystems.get_mut(index) {
+                    *place = record;
+                }
+            });
+            result?;
+        }
+        self.check_cancelled()?;
         Ok(count)
+    }
+
+    fn check_cancelled(&self) -> Result<(), FreezeError> {
+        self.freezing.cancel_reason().map_or(Ok(()), |why| Err(FreezeError::Cancelled(why)))
     }
 
     /// Thaws everything, whoever froze it and whether or not anything is known to be frozen; returns
@@ -181,113 +242,229 @@ impl<K: Kernel> Freezer<K> {
     /// When a filesystem stays frozen, or when it cannot be told what is mounted and nothing was
     /// thawed. The state stays "frozen" then, and another thaw is allowed.
     pub(crate) fn thaw(&mut self) -> Result<u64, FreezeError> {
-        let (was_frozen, held) = match std::mem::replace(&mut self.state, State::Thawed) {
-            State::Thawed => (false, Vec::new()),
-            State::Frozen(held) => (true, held),
-        };
-        let mut count = 0;
-        let mut failure = None;
-        let mut seen = Vec::new();
-        let mut stuck = Vec::new();
-        for held in held.into_iter().rev() {
-            match self.thaw_one(&held.handle) {
-                Ok(thawed) => {
-                    count += u64::from(thawed);
-                    seen.push(held.superblock.device());
-                }
-                Err(source) => {
-                    let mountpoint = held.superblock.mountpoint().to_owned();
-                    failure.get_or_insert(FreezeError::Thaw { mountpoint, source });
-                    stuck.push(held);
-                }
-            }
+        self.settle(Cause::Command, true)
+    }
+
+    /// Thaws what this agent, or a former one, froze, without being asked by the host.
+    pub(crate) fn thaw_for(&mut self, cause: Cause) -> Result<u64, FreezeError> {
+        if !self.is_frozen() {
+            return Ok(0);
         }
-        match self.superblocks() {
-            Ok(superblocks) => {
-                let others = superblocks.iter().filter(|superblock| !seen.contains(&superblock.device()));
-                count += others.map(|superblock| u64::from(self.thaw_at_mountpoint(superblock))).sum::<u64>();
-            }
-            Err(error) if count == 0 => failure = failure.or(Some(error)),
-            Err(error) => log::warning(format_args!("{error}")),
+        // Without descriptors there are only the mount points to go by.
+        let everywhere = self.held.is_empty();
+        self.settle(cause, everywhere)
+    }
+
+    fn settle(&mut self, cause: Cause, everywhere: bool) -> Result<u64, FreezeError> {
+        let was_frozen = self.is_frozen();
+        if was_frozen {
+            self.freezing.enter(Phase::Thawing);
         }
-        match failure {
-            None => {
-                self.set(State::Thawed);
-                self.unlink_state_file();
+        match self.thaw_filesystems(everywhere) {
+            Ok(count) => {
+                if was_frozen {
+                    self.finish(cause);
+                }
+                self.run_thaw_hooks(cause);
+                self.tell_watchdog(self.watchdog.end());
                 Ok(count)
             }
-            Some(error) => {
+            Err(error) => {
                 if was_frozen {
-                    self.set(State::Frozen(stuck));
+                    self.freezing.enter(Phase::Frozen);
                 }
                 Err(error)
             }
         }
     }
 
-    fn superblocks(&self) -> Result<Vec<Superblock>, FreezeError> {
-        let text = self.kernel.mountinfo().map_err(FreezeError::Mounts)?;
-        Ok(mounts::superblocks(&text, |path| self.kernel.block_device(path)))
-    }
-
-    fn open_all(&self) -> Result<Vec<Held<K::Handle>>, FreezeError> {
-        let open = |superblock: Superblock| match self.open(&superblock) {
-            Ok(handle) => Ok(Held { superblock, handle }),
-            Err(source) => Err(FreezeError::Open { mountpoint: superblock.mountpoint().to_owned(), source }),
-        };
-        self.superblocks()?.into_iter().map(open).collect()
-    }
-
-    /// Opens a filesystem by whichever of its mounts can be reached; the error is the first one's.
-    fn open(&self, superblock: &Superblock) -> io::Result<K::Handle> {
-        let mut failure = None;
-        for mount in superblock.mounts() {
-            match self.kernel.open(&mount.mountpoint, mount.id) {
-                Ok(handle) => return Ok(handle),
+    /// Thaws those held and, if asked to, all others; what does not thaw stays held.
+    fn thaw_filesystems(&mut self, everywhere: bool) -> Result<u64, FreezeError> {
+        let (mut count, mut failure) = (0, None);
+        let (mut seen, mut stuck) = (Vec::new(), Vec::new());
+        for held in std::mem::take(&mut self.held).into_iter().rev() {
+            let (outcome, result) = self.engine.thaw_held(&held);
+            self.freezing.with_report(|report| note_thaw(report, &held.superblock, outcome));
+            match result {
+                Ok(thawed) => {
+                    count += u64::from(thawed);
+                    seen.push(held.superblock.identity());
+                }
                 Err(error) => {
                     failure.get_or_insert(error);
+                    stuck.push(held);
                 }
             }
         }
-        Err(failure.unwrap_or_else(|| ErrorKind::NotFound.into()))
-    }
-
-    /// A filesystem this agent did not freeze: whether it was frozen, and is not any more.
-    fn thaw_at_mountpoint(&self, superblock: &Superblock) -> bool {
-        let handle = self.open(superblock).ok();
-        handle.is_some_and(|handle| self.thaw_one(&handle).unwrap_or(false))
-    }
-
-    /// Thaws until the kernel says that there is nothing to thaw; whether there was anything.
-    fn thaw_one(&self, handle: &K::Handle) -> io::Result<bool> {
-        for thawed in 0..THAWS {
-            match self.kernel.thaw(handle) {
-                Ok(()) => {}
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(thawed > 0),
-                Err(_) if thawed > 0 => return Ok(true),
-                Err(error) => return Err(error),
+        stuck.reverse();
+        self.held = stuck;
+        if everywhere {
+            match self.engine.thaw_others(&seen) {
+                Ok(others) => count += others,
+                Err(error) if count == 0 => failure = failure.or(Some(error)),
+                Err(error) => log::warning(format_args!("{}", error.text())),
             }
         }
-        Ok(true)
+        failure.map_or(Ok(count), Err)
     }
 
+    /// Nothing is frozen any more.
+    fn finish(&mut self, cause: Cause) {
+        self.tell_watchdog(self.watchdog.thawed(cause));
+        let _ = munlockall();
+        remove_state_file_at(&self.state_file);
+        self.freezing.thawed(cause);
+        log::release();
+        pidfile::release();
+    }
+
+    /// Every hook that was told of the freeze is told of its end. One that fails does not undo the thaw.
+    fn run_thaw_hooks(&mut self, cause: Cause) {
+        let mut programs = std::mem::take(&mut self.owed);
+        if programs.is_empty() && cause == Cause::Command {
+            // A thaw is unconditional; so is its hook.
+            programs = self.hooks.programs();
+        }
+        self.hooks.thaw(&programs, |run| {
+            if let Some(error) = &run.error {
+                log::warning(format_args!("{} after the thaw: {}", run.program.display(), error.trim_end()));
+            }
+            self.freezing.with_report(|report| report.hooks.push(run));
+        });
+    }
+
+    /// A watchdog that died is replaced by the main loop.
+    fn tell_watchdog(&self, told: io::Result<()>) {
+        if let Err(error) = told {
+            log::warning(format_args!("Cannot tell the watchdog: {error}"));
+        }
+    }
+
+    /// The watchdog was started anew: what is frozen is told to it.
+    pub(crate) fn rearm(&mut self) -> io::Result<()> {
+        if !self.is_frozen() {
+            return Ok(());
+        }
+        self.watchdog.begin(!self.owed.is_empty())?;
+        for held in &self.held {
+            self.watchdog.hold(held.superblock.label(), held.handle.as_fd())?;
+        }
+        self.watchdog.arm(self.freezing.with_report(|report| report.lease))
+    }
+}
+
+/// Taking over from a former agent.
+impl<K: Kernel> Freezer<K>
+where
+    K::Handle: AsFd + From<OwnedFd>,
+{
+    /// The former agent's watchdog is alive and now this agent's.
+    fn inherit(&mut self, Inheritance { handover, held }: Inheritance) {
+        if handover.hooks {
+            self.owed = self.hooks.programs();
+        }
+        self.freezing.begin(handover.lease);
+        self.freezing.enter(Phase::Thawed);
+        if !handover.armed {
+            self.tell_watchdog(self.watchdog.end());
+            return;
+        }
+        let held = held.into_iter().map(|(label, fd)| Held { superblock: label.into(), handle: fd.into() });
+        self.held = held.collect();
+        self.freezing.with_report(|report| {
+            report.filesystems = self.held.iter().map(Held::record).collect();
+            for record in &mut report.filesystems {
+                record.outcome = Outcome::Frozen;
+            }
+        });
+        self.freezing.arm(handover.left);
+        match handover.thawed {
+            None => {
+                log::warning(format_args!(
+                    "A former agent left filesystems frozen; guest-fsfreeze-thaw thaws them"
+                ));
+                log::hold();
+                self.freezing.enter(Phase::Frozen);
+            }
+            Some(cause) => {
+                log::warning(format_args!("The watchdog thawed for a former agent: {}", cause.name()));
+                self.held.clear();
+                self.finish(cause);
+                self.run_thaw_hooks(cause);
+                self.tell_watchdog(self.watchdog.end());
+            }
+        }
+    }
+
+    /// No watchdog is left, but perhaps the file that the reference agent leaves, too. If it cannot be told
+    /// whether it is there, a thaw does no harm.
+    fn look_for_state_file(&mut self) {
+        let age = match fs::symlink_metadata(&self.state_file) {
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return,
+            Err(_) => Duration::ZERO,
+            Ok(metadata) => {
+                let since = metadata.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok());
+                since.unwrap_or_default()
+            }
+        };
+        log::warning(format_args!(
+            "{} is there: filesystems may be frozen; guest-fsfreeze-thaw thaws them",
+            self.state_file.display()
+        ));
+        log::hold();
+        self.freezing.begin(self.lease);
+        self.freezing.enter(Phase::Frozen);
+        // Those that can be opened, in case they are frozen.
+        if let Ok(survey) = self.engine.survey() {
+            self.held = self.engine.open_any(&survey.superblocks);
+        }
+        let left = self.lease.map(|lease| lease.saturating_sub(age));
+        let armed = self.watchdog.begin(!self.hooks.is_empty()).and_then(|()| {
+            let mut held = self.held.iter();
+            held.try_for_each(|held| self.watchdog.hold(held.superblock.label(), held.handle.as_fd()))?;
+            self.watchdog.arm(left)
+        });
+        self.tell_watchdog(armed);
+        self.owed = self.hooks.programs();
+        self.freezing.arm(left);
+    }
+
+    /// As the reference: readable by its owner, empty, left as it is if it is there.
     fn create_state_file(&self) -> io::Result<()> {
         OpenOptions::new().append(true).create(true).mode(0o600).open(&self.state_file).map(drop)
     }
+}
 
-    fn unlink_state_file(&self) {
-        match fs::remove_file(&self.state_file) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                log::warning(format_args!("Cannot remove {}: {error}", self.state_file.display()));
-            }
-            _ => {}
+fn note_thaw(report: &mut Report, superblock: &Superblock, outcome: Thaw) {
+    let same = |record: &&mut report::Filesystem| record.mountpoint == superblock.mountpoint();
+    if let Some(record) = report.filesystems.iter_mut().find(same)
+        && record.outcome == Outcome::Frozen
+    {
+        record.thaw = Some(outcome);
+    }
+}
+
+/// Thaws until the kernel says that there is nothing to thaw.
+pub(crate) fn thaw_fully(fd: impl AsFd) {
+    for _ in 0..engine::THAWS {
+        if linux::thaw_once(&fd).is_err() {
+            return;
         }
     }
 }
 
-/// The filesystem has no freeze, or is frozen already.
-fn is_no_failure(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EBUSY))
+/// Removes the state file of this directory, once nothing is frozen.
+pub(crate) fn remove_state_file(statedir: &Path) {
+    remove_state_file_at(&statedir.join(STATE_FILE));
+}
+
+fn remove_state_file_at(path: &Path) {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            log::warning(format_args!("Cannot remove {}: {error}", path.display()));
+        }
+        _ => {}
+    }
 }
 
 #[cfg(test)]

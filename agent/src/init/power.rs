@@ -10,7 +10,7 @@ use rustix::process::{WaitOptions, wait};
 use rustix::system::{RebootCommand, reboot};
 
 use super::{filesystems, say, timespec};
-use crate::freeze::{Freezer, Linux};
+use crate::freeze::{Engine, Linux};
 use crate::signals::Signals;
 
 /// What init listens to.
@@ -70,11 +70,10 @@ pub(super) fn end(ending: Ending, signals: &Signals) {
 
 /// Thaws what an agent may have left frozen.
 fn thaw() {
-    let mut freezer = Freezer::new(Linux, std::path::Path::new("/run"));
-    match freezer.thaw() {
+    match Engine::new(Linux).thaw_others(&[]) {
         Ok(0) => {}
         Ok(count) => say!("thawed {count} filesystems"),
-        Err(error) => say!("{error}"),
+        Err(error) => say!("{}", error.text()),
     }
 }
 

@@ -1,0 +1,193 @@
+//! How far a freeze is: what the worker's engine tells, and what the main loop may do about it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rustix::event::{EventfdFlags, eventfd};
+use serde_json::Value;
+
+use super::report::{Cause, Report, milliseconds};
+
+/// Where the engine is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Phase {
+    #[default]
+    Thawed,
+    /// Filesystems are being frozen, or brought to rest for it.
+    Freezing,
+    Frozen,
+    Thawing,
+}
+
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Thawed => "thawed",
+            Self::Freezing => "freezing",
+            Self::Frozen => "frozen",
+            Self::Thawing => "thawing",
+        }
+    }
+}
+
+/// Shared by the worker, which freezes, and the main loop, which watches, tells and interrupts.
+#[derive(Debug)]
+pub(crate) struct Freezing {
+    inner: Mutex<Inner>,
+    /// Readable once the freeze in progress is cancelled.
+    cancelled: OwnedFd,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    phase: Phase,
+    /// When the freeze in progress began.
+    since: Option<Instant>,
+    /// When the first filesystem was frozen.
+    frozen_at: Option<Instant>,
+    lease_end: Option<Instant>,
+    cancel: Option<String>,
+    report: Report,
+}
+
+impl Freezing {
+    pub(crate) fn new() -> io::Result<Self> {
+        let cancelled = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { inner: Mutex::default(), cancelled })
+    }
+
+    /// Whether filesystems are frozen, or may be.
+    pub(crate) fn is_frozen(&self) -> bool {
+        self.phase() != Phase::Thawed
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        self.inner.lock().phase
+    }
+
+    // ---- The main loop's part ----
+
+    /// When a freeze in progress has taken as long as this.
+    pub(crate) fn overdue_at(&self, timeout: Duration) -> Option<Instant> {
+        let inner = self.inner.lock();
+        let is_running = inner.phase == Phase::Freezing && inner.cancel.is_none();
+        inner.since.filter(|_| is_running).and_then(|since| since.checked_add(timeout))
+    }
+
+    /// Ends a freeze in progress as soon as that is possible; false if there is none.
+    pub(crate) fn cancel(&self, why: &str) -> bool {
+        let mut inner = self.inner.lock();
+        if inner.phase != Phase::Freezing {
+            return false;
+        }
+        inner.cancel.get_or_insert_with(|| why.to_owned());
+        let _ = rustix::io::write(&self.cancelled, &1_u64.to_ne_bytes());
+        true
+    }
+
+    /// The lease begins anew; false if there is nothing to renew.
+    pub(crate) fn renew(&self) -> bool {
+        let mut inner = self.inner.lock();
+        if inner.phase != Phase::Frozen {
+            return false;
+        }
+        inner.lease_end = inner.report.lease.and_then(|lease| Instant::now().checked_add(lease));
+        inner.lease_end.is_some()
+    }
+
+    /// Somebody else has thawed, for this reason; the worker will see to the rest.
+    pub(crate) fn lost(&self, cause: Cause) {
+        let mut inner = self.inner.lock();
+        if inner.phase != Phase::Thawed {
+            inner.report.thawed_by.get_or_insert(cause);
+        }
+    }
+
+    /// The lease of a freeze that nobody waits for ends sooner; false if that changes nothing.
+    pub(crate) fn shorten(&self, lease: Duration) -> bool {
+        let mut inner = self.inner.lock();
+        if inner.phase != Phase::Frozen || inner.report.lease.is_none_or(|current| current <= lease) {
+            return false;
+        }
+        inner.report.lease = Some(lease);
+        inner.lease_end = Instant::now().checked_add(lease);
+        true
+    }
+
+    /// The reply to `tarn-fsfreeze-report`.
+    pub(crate) fn report(&self) -> Value {
+        let inner = self.inner.lock();
+        let now = Instant::now();
+        let mut members = inner.report.members();
+        members.insert("state".into(), inner.phase.name().into());
+        if let Some(end) = inner.lease_end.filter(|_| inner.phase == Phase::Frozen) {
+            members.insert("lease-left-ms".into(), milliseconds(end.saturating_duration_since(now)).into());
+        }
+        let frozen_for = match inner.report.frozen_for {
+            Some(time) => Some(time),
+            None => inner.frozen_at.map(|at| now.saturating_duration_since(at)),
+        };
+        if let Some(time) = frozen_for {
+            members.insert("frozen-ms".into(), milliseconds(time).into());
+        }
+        Value::Object(members)
+    }
+
+    // ---- The engine's part ----
+
+    /// A freeze begins.
+    pub(super) fn begin(&self, lease: Option<Duration>) {
+        let mut inner = self.inner.lock();
+        // Whatever was rung for the last one.
+        let _ = rustix::io::read(&self.cancelled, &mut [0; 8]);
+        let number = inner.report.number + 1;
+        *inner = Inner {
+            phase: Phase::Freezing,
+            since: Some(Instant::now()),
+            report: Report { number, lease, ..Report::default() },
+            ..Inner::default()
+        };
+    }
+
+    /// The lease runs.
+    pub(super) fn arm(&self, left: Option<Duration>) {
+        let mut inner = self.inner.lock();
+        let now = Instant::now();
+        inner.frozen_at.get_or_insert(now);
+        inner.lease_end = left.and_then(|left| now.checked_add(left));
+    }
+
+    pub(super) fn enter(&self, phase: Phase) {
+        let mut inner = self.inner.lock();
+        inner.phase = phase;
+        if phase == Phase::Thawed {
+            inner.lease_end = None;
+        }
+    }
+
+    /// Everything is thawed.
+    pub(super) fn thawed(&self, cause: Cause) {
+        let mut inner = self.inner.lock();
+        let frozen_for = inner.frozen_at.map(|at| at.elapsed());
+        inner.report.frozen_for = inner.report.frozen_for.or(frozen_for);
+        inner.report.thawed_by.get_or_insert(cause);
+        inner.lease_end = None;
+        inner.phase = Phase::Thawed;
+    }
+
+    /// Why the freeze in progress is to end, if it is.
+    pub(super) fn cancel_reason(&self) -> Option<String> {
+        self.inner.lock().cancel.clone()
+    }
+
+    /// Readable once the freeze in progress is cancelled.
+    pub(super) fn cancelled(&self) -> BorrowedFd<'_> {
+        self.cancelled.as_fd()
+    }
+
+    pub(super) fn with_report<T>(&self, change: impl FnOnce(&mut Report) -> T) -> T {
+        change(&mut self.inner.lock().report)
+    }
+}

@@ -1,0 +1,289 @@
+//! Messages between the agent and its watchdog: one JSON object per packet, with a descriptor beside it
+//! where a filesystem is handed over.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
+use serde_json::{Value, json};
+
+use crate::freeze::{Cause, Hooks, Label, milliseconds};
+
+/// Longest packet: a path is at most 4096 bytes, each of which JSON may write as six.
+const PACKET: usize = 32 << 10;
+
+/// From the agent.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Order {
+    /// Whom this watches: first, and once.
+    Configure { statedir: String, hooks: Hooks },
+    /// A freeze begins; `hooks` if there are hooks that will want their thaw.
+    Begin { hooks: bool },
+    /// Hold this filesystem; its descriptor comes along.
+    Hold(Label),
+    /// From now on filesystems may be frozen, and the lease runs; `None` is for ever.
+    Arm { lease: Option<Duration> },
+    /// The lease begins anew.
+    Renew,
+    /// Thaw all, now and until the end.
+    Thaw(Cause),
+    /// All is thawed, for this reason; the hooks are not through yet.
+    Thawed(Cause),
+    /// The freeze is over.
+    End,
+}
+
+/// From the watchdog.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Tale {
+    /// It thawed all, for this reason, and nobody had asked.
+    Thawed(Cause),
+    /// To an agent that returned: how things are. The filesystems held follow.
+    Handover(Handover),
+    /// One of them; its descriptor comes along.
+    Held(Label),
+    /// That was all.
+    Ready,
+}
+
+/// What a watchdog knows that its new agent does not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Handover {
+    /// Filesystems may be frozen, or were.
+    pub(crate) armed: bool,
+    pub(crate) lease: Option<Duration>,
+    pub(crate) left: Option<Duration>,
+    /// Hooks still want their thaw.
+    pub(crate) hooks: bool,
+    pub(crate) thawed: Option<Cause>,
+}
+
+/// What came.
+#[derive(Debug)]
+pub(crate) enum Packet<T> {
+    Message(T, Option<OwnedFd>),
+    /// The other end is closed.
+    End,
+}
+
+impl Order {
+    fn encode(&self) -> Value {
+        match self {
+            Self::Configure { statedir, hooks } => {
+                json!({"configure": {"statedir": statedir, "hooks": hooks.to_json()}})
+            }
+            Self::Begin { hooks } => json!({"begin": hooks}),
+            Self::Hold(label) => json!({"hold": label.to_json()}),
+            Self::Arm { lease } => json!({"arm": lease.map(milliseconds)}),
+            Self::Renew => json!({"renew": true}),
+            Self::Thaw(cause) => json!({"thaw": cause.name()}),
+            Self::Thawed(cause) => json!({"thawed": cause.name()}),
+            Self::End => json!({"end": true}),
+        }
+    }
+
+    fn decode(message: &Value) -> Option<Self> {
+        let (name, value) = message.as_object()?.iter().next()?;
+        Some(match name.as_str() {
+            "configure" => Self::Configure {
+                statedir: value["statedir"].as_str()?.to_owned(),
+                hooks: Hooks::from_json(&value["hooks"]),
+            },
+            "begin" => Self::Begin { hooks: value.as_bool()? },
+            "hold" => Self::Hold(Label::from_json(value)?),
+            "arm" => Self::Arm { lease: value.as_u64().map(Duration::from_millis) },
+            "renew" => Self::Renew,
+            "thaw" => Self::Thaw(Cause::by_name(value.as_str()?)?),
+            "thawed" => Self::Thawed(Cause::by_name(value.as_str()?)?),
+            "end" => Self::End,
+            _ => return None,
+        })
+    }
+}
+
+impl Tale {
+    fn encode(&self) -> Value {
+        match self {
+            Self::Thawed(cause) => json!({"thawed": cause.name()}),
+            Self::Handover(handover) => {
+                let Handover { armed, lease, left, hooks, thawed } = handover;
+                json!({"handover": {
+                    "armed": armed,
+                    "lease": lease.map(milliseconds),
+                    "left": left.map(milliseconds),
+                    "hooks": hooks,
+                    "thawed": thawed.map(Cause::name),
+                }})
+            }
+            Self::Held(label) => json!({"held": label.to_json()}),
+            Self::Ready => json!({"ready": true}),
+        }
+    }
+
+    fn decode(message: &Value) -> Option<Self> {
+        let (name, value) = message.as_object()?.iter().next()?;
+        Some(match name.as_str() {
+            "thawed" => Self::Thawed(Cause::by_name(value.as_str()?)?),
+            "handover" => Self::Handover(Handover {
+                armed: value["armed"].as_bool()?,
+                lease: value["lease"].as_u64().map(Duration::from_millis),
+                left: value["left"].as_u64().map(Duration::from_millis),
+                hooks: value["hooks"].as_bool()?,
+                thawed: value["thawed"].as_str().and_then(Cause::by_name),
+            }),
+            "held" => Self::Held(Label::from_json(value)?),
+            "ready" => Self::Ready,
+            _ => return None,
+        })
+    }
+}
+
+/// Sends an order.
+pub(crate) fn send_order(socket: impl AsFd, order: &Order, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    send(socket, &order.encode(), fd)
+}
+
+/// Sends a tale.
+pub(crate) fn send_tale(socket: impl AsFd, tale: &Tale, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    send(socket, &tale.encode(), fd)
+}
+
+/// The next order; one that this version does not know is passed over.
+pub(crate) fn receive_order(socket: impl AsFd) -> io::Result<Packet<Order>> {
+    receive(socket, Order::decode)
+}
+
+/// The next tale.
+pub(crate) fn receive_tale(socket: impl AsFd) -> io::Result<Packet<Tale>> {
+    receive(socket, Tale::decode)
+}
+
+fn send(socket: impl AsFd, message: &Value, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let text = message.to_string();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
+    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    loop {
+        let sent = sendmsg(&socket, &[IoSlice::new(text.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL);
+        match sent {
+            Ok(_) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn receive<T>(socket: impl AsFd, decode: impl Fn(&Value) -> Option<T>) -> io::Result<Packet<T>> {
+    let mut buffer = vec![0; PACKET];
+    loop {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let parts = &mut [IoSliceMut::new(&mut buffer)];
+        let received = match recvmsg(&socket, parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Ok(received) => received.bytes,
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(rustix::io::Errno::CONNRESET) => return Ok(Packet::End),
+            Err(error) => return Err(error.into()),
+        };
+        if received == 0 {
+            return Ok(Packet::End);
+        }
+        let fd = ancillary.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+            _ => None,
+        });
+        let message = serde_json::from_slice(&buffer[..received]).ok();
+        if let Some(message) = message.as_ref().and_then(&decode) {
+            return Ok(Packet::Message(message, fd));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
+    }
+
+    fn label() -> Label {
+        Label {
+            mountpoint: "/a \"b\"\n".into(),
+            identity: (0, 25),
+            device: (254, 16),
+            fstype: "btrfs".into(),
+        }
+    }
+
+    #[test]
+    fn orders_arrive_as_they_were_given() {
+        let (agent, watchdog) = pair();
+        let orders = || {
+            [
+                Order::Configure { statedir: "/run".into(), hooks: Hooks::default() },
+                Order::Begin { hooks: true },
+                Order::Hold(label()),
+                Order::Arm { lease: Some(Duration::from_millis(1500)) },
+                Order::Arm { lease: None },
+                Order::Renew,
+                Order::Thaw(Cause::Failure),
+                Order::Thawed(Cause::Command),
+                Order::End,
+            ]
+        };
+        for order in orders() {
+            send_order(&agent, &order, None).unwrap();
+        }
+        drop(agent);
+        for order in orders() {
+            let Packet::Message(received, None) = receive_order(&watchdog).unwrap() else { panic!() };
+            assert_eq!(received, order);
+        }
+        assert!(matches!(receive_order(&watchdog).unwrap(), Packet::End));
+    }
+
+    #[test]
+    fn tales_and_descriptors_arrive() {
+        let (agent, watchdog) = pair();
+        let handover = Handover {
+            armed: true,
+            lease: Some(Duration::from_secs(2)),
+            left: Some(Duration::from_millis(7)),
+            hooks: true,
+            thawed: Some(Cause::AgentLost),
+        };
+        for tale in [Tale::Thawed(Cause::Lease), Tale::Handover(handover.clone()), Tale::Ready] {
+            send_tale(&watchdog, &tale, None).unwrap();
+            let Packet::Message(received, None) = receive_tale(&agent).unwrap() else { panic!() };
+            assert_eq!(received, tale);
+        }
+        send_tale(&watchdog, &Tale::Held(label()), Some(agent.as_fd())).unwrap();
+        let Packet::Message(Tale::Held(received), Some(_)) = receive_tale(&agent).unwrap() else { panic!() };
+        assert_eq!(received, label());
+    }
+
+    #[test]
+    fn what_a_later_version_says_is_passed_over() {
+        let (agent, watchdog) = pair();
+        for message in [json!({"later": 1}), json!([]), json!({"arm": "soon", "x": 1}), json!({"thaw": "?"})]
+        {
+            send(&agent, &message, None).unwrap();
+        }
+        send_order(&agent, &Order::End, None).unwrap();
+        let Packet::Message(first, _) = receive_order(&watchdog).unwrap() else { panic!() };
+        // A lease that cannot be read is no lease.
+        assert_eq!(first, Order::Arm { lease: None });
+        let Packet::Message(Order::End, _) = receive_order(&watchdog).unwrap() else { panic!() };
+    }
+}
