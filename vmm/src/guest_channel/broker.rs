@@ -6,7 +6,7 @@
 //!   │ Closed │                              │ Syncing │                                │ Idle │
 //!   └────────┘ ◀──────┐       again, with a ▲ │   ▲ ◀── stray answer ──────────────────└──────┘
 //!        ▲            │       new token, at └─┘   │                                     │   ▲
-//!        └─ guest closes it, in any state         │ no answer in time,                  │   │
+//!        └─ guest closes it, in any state         │ no answer in time, freeze given up, │   │
 //!                                                 │ answer too long, half a request sent▼   │ answer
 //!                                                 └──────────────────────────────────┌──────┐
 //!                                                                                    │ Busy │

@@ -546,7 +546,9 @@ impl Talker {
     fn ask(&mut self, random: &mut Random) {
         let echo = json!({"from": self.name, "number": self.asked, "pad": "x".repeat(random.below(300))});
         let mut request = json!({"execute": "guest-echo", "arguments": echo, "id": self.asked});
-        if random.below(10) == 0 {
+        if random.below(4) == 0 {
+            request = json!({"execute": "guest-sync", "arguments": {"id": self.asked}, "id": self.asked});
+        } else if random.below(10) == 0 {
             request = json!({"execute": "guest-nothing", "id": self.asked});
         }
         self.unsent.extend_from_slice(request.to_string().as_bytes());
@@ -568,7 +570,9 @@ impl Talker {
             let line: Vec<u8> = self.client.received.drain(..=end).collect();
             let reply: Value = serde_json::from_slice(&line).unwrap();
             assert_eq!(reply["id"], self.answered, "{reply}");
-            if let Some(value) = reply.get("return") {
+            if let Some(number) = reply["return"].as_u64() {
+                assert_eq!(usize::try_from(number).unwrap(), self.answered);
+            } else if let Some(value) = reply.get("return") {
                 assert_eq!((&value["from"], &value["number"]), (&json!(self.name), &json!(self.answered)));
             } else {
                 assert!(reply["error"]["class"].is_string());
@@ -619,6 +623,7 @@ fn random_traffic_reaches_who_asked_in_order_with_nothing_lost_or_doubled() {
                 // The agent dies and comes back.
                 lab.channel.port_closed(lab.now, &mut lab.watch);
                 lab.agent = FakeAgent::new();
+                lab.agent.able = random.below(3) > 0;
                 from_agent.clear();
                 lab.channel.port_opened(lab.now, &mut lab.watch);
             }
