@@ -17,6 +17,7 @@ mod connection;
 mod guest;
 mod monitor;
 pub mod recipes;
+pub mod record;
 #[cfg(test)]
 mod testing;
 
