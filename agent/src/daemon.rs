@@ -57,8 +57,8 @@ pub(crate) fn fork() -> io::Result<Fork> {
     }
 }
 
-/// Standard streams to nowhere. A process that lives on without them would keep whoever reads them waiting.
-pub(crate) fn let_go_of_streams() -> io::Result<()> {
+/// Standard streams to nowhere: whoever reads what the agent wrote there sees the end of it.
+fn let_go_of_streams() -> io::Result<()> {
     let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdin(&null)?;
     rustix::stdio::dup2_stdout(&null)?;

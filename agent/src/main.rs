@@ -1,19 +1,21 @@
 //! `tarn-agent`: the guest agent, and the init of the guest image.
 //!
 //! ```text
-//!  main ── PID 1 and called init ──▶ init      mounts, modules, ports, reaping, power
+//!  main ── PID 1 and called init ──▶ init        mounts, modules, ports, reaping, power
 //!    │                                │ fork + exec of the same binary
-//!    └── otherwise ──▶ server ◀───────┘        one thread, one epoll
-//!                        │
-//!                        ├─ channel    bytes ⇄ decoder, output queue; hang-up; reopen
-//!                        ├─ dispatch   one table: name, handler, allowed while frozen, answers success
-//!                        │    └─ commands/*   one verb family per file
-//!                        └─ freeze     plan (pure) and engine over the kernel's ioctls
+//!    ├── called by its name ──▶ watchdog ◀──┐    holds what is frozen, thaws when the lease is over
+//!    │                                │     │ the same
+//!    └── otherwise ──▶ options ──▶ server ──┘    main loop: one epoll; a worker for what may take long
+//!                        │           │
+//!           background,  │           ├─ channel    bytes ⇄ decoder, output queue; hang-up; reopen
+//!           log, pid file            ├─ dispatch   one table: name, handler, when it may run, what it answers
+//!                                    │    └─ commands/*   one verb family per file
+//!                                    └─ freeze     plan (pure) and engine over the kernel's ioctls
 //! ```
 //!
-//! The agent is one thread. Whatever can take long (children, a host that does not read, a port that
-//! is not there) is a descriptor in its epoll, and while nobody is connected it sleeps in the kernel
-//! without a timer. Replies leave in the order of the requests.
+//! What the main loop waits for (children, a host that does not read, a port that is not there, a command on
+//! the worker) is a descriptor in its epoll, and while nobody is connected it sleeps in the kernel without a
+//! timer. Replies leave in the order of the requests.
 
 mod access;
 mod activation;
@@ -131,7 +133,7 @@ fn open_files(options: &Options) -> Result<(), RunError> {
 /// Whether a former agent ended in the frozen state. Nothing but stat(2) is safe to find out.
 fn is_left_frozen(statedir: &Path) -> Result<bool, RunError> {
     fs::metadata(statedir).map_err(|error| RunError::State(statedir.to_owned(), error))?;
-    match fs::symlink_metadata(statedir.join("qga.state.isfrozen")) {
+    match fs::symlink_metadata(statedir.join(freeze::STATE_FILE)) {
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(false),
         // If it cannot be told, a thaw does no harm.
         _ => Ok(true),

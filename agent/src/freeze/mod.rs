@@ -56,7 +56,8 @@ use self::report::{Outcome, Report, Thaw};
 use crate::watchdog::{Inheritance, Watchdog};
 use crate::{log, pidfile};
 
-const STATE_FILE: &str = "qga.state.isfrozen";
+/// In the state directory for as long as filesystems may be frozen.
+pub(crate) const STATE_FILE: &str = "qga.state.isfrozen";
 
 /// Knows what is frozen, and freezes and thaws.
 #[derive(Debug)]
