@@ -14,6 +14,10 @@ pub enum Action {
     None,
     /// The guest switched the machine off (ACPI S5).
     Shutdown,
+    /// The guest put the machine to sleep, its memory kept (ACPI S3).
+    SuspendToRam,
+    /// The guest has written its memory to a disk and switched the machine off (ACPI S4).
+    SuspendToDisk,
     /// The guest asked for a reset (i8042, port 0xCF9, ACPI reset register).
     Reset,
     /// The guest told pvpanic that it has panicked; `crash_loaded` when a crash kernel takes over.

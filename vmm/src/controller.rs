@@ -5,6 +5,7 @@
 //!   client verb ─┐                    ┌─ Pause:    vCPUs stop → disks drain and flush
 //!   guest event ─┼─▶ RunState::on ────┼─ Resume:   disks go on (held requests first) → vCPUs run
 //!   disk error  ─┘    │ denied        ├─ Reset:    machine dropped, built anew, run if it ran
+//!                     │               ├─ Wake:     machine dropped, built anew around its memory, run
 //!                     ▼               └─ Teardown: vCPUs end → disks drain and flush
 //!                  error or log                  │ done: state and events are published
 //!                                                ▼
@@ -20,9 +21,9 @@ use kvm_ioctls::Kvm;
 
 use crate::boot::BootFiles;
 use crate::config::{GuestAction, VmSpec};
-use crate::machine::Machine;
 use crate::machine::builder::{self, MachineError, Parts};
 use crate::machine::notify::Notifier;
+use crate::machine::{Kept, Machine};
 use crate::monitor::{Event, IoErrorAction, PanicAction, ShutdownCause};
 use crate::run_state::{Denied, Effect, Input, RunState};
 use crate::vcpu::{VcpuError, VcpuEvent};
@@ -47,6 +48,12 @@ pub enum ControlError {
     Rebuild {
         /// Why.
         source: MachineError,
+    },
+    /// What S3 keeps cannot be had.
+    #[error("Cannot read the clock of the sleeping guest")]
+    Clock {
+        /// Why.
+        source: kvm_ioctls::Error,
     },
 }
 
@@ -76,10 +83,10 @@ pub struct Fixed {
 }
 
 impl Fixed {
-    fn build(&self, number: u64) -> Result<Machine, MachineError> {
+    fn build(&self, number: u64, kept: Option<&Kept>) -> Result<Machine, MachineError> {
         let Self { spec, kvm, boot, disks, ports, events } = self;
         let events = &events.for_machine(number);
-        builder::build(&Parts { spec, kvm, boot, disks, ports, events })
+        builder::build(&Parts { spec, kvm, boot, disks, ports, events }, kept)
     }
 }
 
@@ -95,6 +102,8 @@ pub struct Controller {
     loss: Option<ControlError>,
     /// Counts machines: another number means other doorbells.
     generation: u64,
+    /// Counts boots: another number means another guest.
+    boots: u64,
     /// Disks whose last error stopped the VM: `true` when the host was out of space.
     failed_disks: Vec<Option<bool>>,
 }
@@ -106,7 +115,7 @@ impl Controller {
     ///
     /// It cannot be built.
     pub fn new(fixed: Fixed) -> Result<Self, MachineError> {
-        let machine = fixed.build(0)?;
+        let machine = fixed.build(0, None)?;
         let failed_disks = vec![None; fixed.disks.len()];
         Ok(Self {
             fixed,
@@ -116,6 +125,7 @@ impl Controller {
             ended: None,
             loss: None,
             generation: 0,
+            boots: 1,
             failed_disks,
         })
     }
@@ -133,6 +143,11 @@ impl Controller {
     /// Counts machines: another number means other doorbells.
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// Counts boots: a machine that wakes has the guest that fell asleep, one that was reset another.
+    pub fn boots(&self) -> u64 {
+        self.boots
     }
 
     /// What `query-status` says.
@@ -182,13 +197,27 @@ impl Controller {
         self.apply(Input::Reset, &[Event::Reset(cause)])
     }
 
+    /// Wakes the guest from S3. One that has not said where it wants to wake starts again, as firmware would have it.
+    ///
+    /// # Errors
+    ///
+    /// See [`ControlError`]. It does not sleep; or the VM is in state internal-error then.
+    pub fn wake(&mut self) -> Result<(), ControlError> {
+        let mut first = vec![Event::Wakeup];
+        if self.state == RunState::Suspended && !self.machine.as_ref().is_some_and(Machine::can_wake) {
+            tracing::warn!("The guest has left no waking vector: it starts again");
+            first.push(Event::Reset(ShutdownCause::GuestReset));
+        }
+        self.apply(Input::Wake, &first)
+    }
+
     /// Ends the VM.
     ///
     /// # Errors
     ///
     /// None in any state; the type is that of the other verbs.
     pub fn quit(&mut self, exit: u8, cause: ShutdownCause) -> Result<(), ControlError> {
-        self.end(Input::Quit, Ended { exit, cause })
+        self.end(Input::Quit, Ended { exit, cause }, &[])
     }
 
     /// Why a disk was not brought to rest at the end: data that the guest had not flushed may be lost.
@@ -208,13 +237,16 @@ impl Controller {
         }
         let on = self.fixed.spec.on_guest;
         let done = match event {
-            VcpuEvent::Shutdown => {
-                self.guest_end(on.shutdown, Input::GuestShutdownKept, ShutdownCause::GuestShutdown)
+            VcpuEvent::Shutdown => self.guest_end(on.shutdown, ShutdownCause::GuestShutdown, &[]),
+            // The image on the disk has all there is to know: switched off like after any other shutdown.
+            VcpuEvent::SuspendToDisk => {
+                self.guest_end(on.shutdown, ShutdownCause::GuestShutdown, &[Event::SuspendDisk])
             }
-            VcpuEvent::Reset => self.guest_end(on.reset, Input::GuestShutdownKept, ShutdownCause::GuestReset),
+            VcpuEvent::SuspendToRam => self.apply(Input::GuestSuspend, &[Event::Suspend]),
+            VcpuEvent::Reset => self.guest_end(on.reset, ShutdownCause::GuestReset, &[]),
             VcpuEvent::TripleFault => {
                 tracing::warn!(index, "The guest triple-faulted");
-                self.guest_end(on.reset, Input::GuestShutdownKept, ShutdownCause::GuestReset)
+                self.guest_end(on.reset, ShutdownCause::GuestReset, &[])
             }
             VcpuEvent::Panicked => self.guest_panicked(on.panic),
             VcpuEvent::CrashLoaded => {
@@ -290,16 +322,18 @@ impl Controller {
         Ok(())
     }
 
+    /// The guest has come to an end of its own; `first` is told before that.
     fn guest_end(
         &mut self,
         action: GuestAction,
-        keep: Input,
         cause: ShutdownCause,
+        first: &[Event],
     ) -> Result<(), ControlError> {
+        let then = |event| [first, &[event]].concat();
         match action {
-            GuestAction::Exit(exit) => self.end(Input::GuestShutdown, Ended { exit, cause }),
-            GuestAction::Pause => self.apply(keep, &[Event::Shutdown(cause)]),
-            GuestAction::Reset => self.apply(Input::GuestReset, &[Event::Reset(cause)]),
+            GuestAction::Exit(exit) => self.end(Input::GuestShutdown, Ended { exit, cause }, first),
+            GuestAction::Pause => self.apply(Input::GuestShutdownKept, &then(Event::Shutdown(cause))),
+            GuestAction::Reset => self.apply(Input::GuestReset, &then(Event::Reset(cause))),
         }
     }
 
@@ -315,7 +349,7 @@ impl Controller {
             GuestAction::Exit(exit) => match self.apply(Input::GuestPanic, &[event]) {
                 Err(ControlError::Denied(denied)) => Err(denied.into()),
                 // A disk that does not come to rest does not keep a dead guest alive; the end tries it again.
-                _ => self.end(Input::Quit, Ended { exit, cause: ShutdownCause::GuestPanic }),
+                _ => self.end(Input::Quit, Ended { exit, cause: ShutdownCause::GuestPanic }, &[]),
             },
             GuestAction::Pause => self.apply(Input::GuestPanic, &[event]),
             GuestAction::Reset => {
@@ -324,7 +358,7 @@ impl Controller {
         }
     }
 
-    fn end(&mut self, input: Input, ended: Ended) -> Result<(), ControlError> {
+    fn end(&mut self, input: Input, ended: Ended, first: &[Event]) -> Result<(), ControlError> {
         if self.ended.is_some() {
             return Ok(());
         }
@@ -332,6 +366,7 @@ impl Controller {
         self.tear_down();
         self.state = state;
         self.ended = Some(ended);
+        self.events.extend_from_slice(first);
         self.events.push(Event::Shutdown(ended.cause));
         Ok(())
     }
@@ -351,7 +386,8 @@ impl Controller {
             Effect::Pause => self.pause(),
             Effect::Halt => self.with_machine(Machine::pause_vcpus),
             Effect::Resume => self.resume(),
-            Effect::Reset => self.rebuild(state),
+            Effect::Reset => self.rebuild(None, state),
+            Effect::Wake => self.keep().and_then(|kept| self.rebuild(kept.as_ref(), state)),
             Effect::Teardown => {
                 self.tear_down();
                 Ok(())
@@ -359,7 +395,7 @@ impl Controller {
         };
         let state = match (&done, effect) {
             (Ok(()), _) => state,
-            (Err(_), Effect::Reset) => RunState::InternalError,
+            (Err(_), Effect::Reset | Effect::Wake) => RunState::InternalError,
             (Err(_), _) if input.is_fact() => state,
             (Err(_), _) => {
                 self.undo(before);
@@ -373,7 +409,7 @@ impl Controller {
     fn publish(&mut self, before: RunState, state: RunState, first: &[Event]) {
         self.state = state;
         self.events.extend_from_slice(first);
-        match (before.is_running(), state.is_running()) {
+        match (before.is_live(), state.is_live()) {
             (true, false) => self.events.push(Event::Stop),
             (false, true) => {
                 self.failed_disks.fill(None);
@@ -422,11 +458,19 @@ impl Controller {
         result
     }
 
-    fn rebuild(&mut self, next: RunState) -> Result<(), ControlError> {
+    /// What is left of a machine in S3.
+    fn keep(&self) -> Result<Option<Kept>, ControlError> {
+        let Some(machine) = &self.machine else { return Ok(None) };
+        machine.keep().map_err(|source| ControlError::Clock { source })
+    }
+
+    fn rebuild(&mut self, kept: Option<&Kept>, next: RunState) -> Result<(), ControlError> {
         self.machine = None;
         self.generation += 1;
+        self.boots += u64::from(kept.is_none());
         self.failed_disks.fill(None);
-        let machine = self.fixed.build(self.generation).map_err(|source| ControlError::Rebuild { source })?;
+        let machine =
+            self.fixed.build(self.generation, kept).map_err(|source| ControlError::Rebuild { source })?;
         self.machine = Some(machine);
         if next.is_running() { self.resume() } else { Ok(()) }
     }

@@ -58,6 +58,8 @@ struct ControlLoop {
     known: HashMap<RawFd, (Token, Interest)>,
     /// The machine whose doorbells are registered.
     generation: Option<u64>,
+    /// The boot whose guest the guest channel knows.
+    boots: Option<u64>,
     timer: TimerFd,
     /// What the timer is set to.
     armed: Option<Instant>,
@@ -182,12 +184,16 @@ impl ControlLoop {
     fn settle(&mut self, watch: &mut dyn Watch) {
         let now = Instant::now();
         if self.generation != Some(self.core.controller.generation()) {
-            self.ports.forget_doorbells(watch);
+            self.ports.forget_doorbells(&mut self.core, watch);
             if let Some(machine) = self.core.controller.machine() {
                 self.ports.watch_doorbells(machine, watch);
             }
-            if self.generation.is_some() {
+            // A guest that woke up is the one that fell asleep: what it froze is frozen.
+            let boots =
+                Some(self.core.controller.boots()).filter(|_| self.core.controller.machine().is_some());
+            if self.boots != boots {
                 self.core.guest.guest_reset(now, watch);
+                self.boots = boots;
             }
             self.generation = Some(self.core.controller.generation());
         }

@@ -1,4 +1,4 @@
-//! ACPI fixed hardware: power button, power off, timer (ACPI 6.5, section 4.8.3).
+//! ACPI fixed hardware: power button, sleep states, timer (ACPI 6.5, section 4.8.3).
 //!
 //! ```text
 //!   offset 0   PM1a_STS   2 bytes   write 1 to clear      ┐ PM1a event block:
@@ -17,8 +17,10 @@
 //!
 //! # Sleeping
 //!
-//! The DSDT's `\_S5` gives [`AcpiPm::S5_TYPE`]. There is no SMI command port: the machine is in ACPI mode for ever,
-//! SCI_EN reads as 1.
+//! The DSDT's `\_S3`, `\_S4` and `\_S5` give [`AcpiPm::S3_TYPE`], [`AcpiPm::S4_TYPE`] and [`AcpiPm::S5_TYPE`]; a write
+//! of SLP_EN turns into an [`Action`] that leaves the rest to the VM. A machine that wakes from S3 has lost all of
+//! this device's state, as hardware may, and shows WAK_STS ([`AcpiPm::wake`]); one that comes back from S4 or S5 is
+//! switched on like any other. There is no SMI command port: the machine is in ACPI mode for ever, SCI_EN reads as 1.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -34,6 +36,8 @@ const TIMER: u64 = 8;
 /// Bits of PM1a_STS and PM1a_EN. The timer's overflow is not among them: nobody has asked for it since there are
 /// better timers.
 const POWER_BUTTON: u16 = 1 << 8;
+/// PM1a_STS only: the machine has been asleep.
+const WAK_STS: u16 = 1 << 15;
 /// Bits of PM1a_CNT.
 const SCI_EN: u16 = 1;
 const SLP_TYP_SHIFT: u32 = 10;
@@ -66,6 +70,10 @@ impl AcpiPm {
     pub const TIMER_LEN: u64 = 4;
     /// Number of ports in all.
     pub const LEN: u64 = 12;
+    /// The SLP_TYP value of S3, "suspend to RAM".
+    pub const S3_TYPE: u8 = 3;
+    /// The SLP_TYP value of S4, "suspend to disk".
+    pub const S4_TYPE: u8 = 4;
     /// The SLP_TYP value of S5, "soft off".
     pub const S5_TYPE: u8 = 5;
 
@@ -84,6 +92,18 @@ impl AcpiPm {
         self.status |= POWER_BUTTON;
         self.assert_sci();
         self.enable & POWER_BUTTON != 0
+    }
+
+    /// Whether the guest has not cleared a press of the power button yet.
+    pub fn is_power_button_pending(&self) -> bool {
+        self.status & POWER_BUTTON != 0
+    }
+
+    /// The machine wakes from S3: by its power button, or by another event that has no bit here. The guest finds
+    /// out by reading; no interrupt is enabled yet.
+    pub fn wake(&mut self, by_power_button: bool) {
+        self.reset();
+        self.status = if by_power_button { WAK_STS | POWER_BUTTON } else { WAK_STS };
     }
 
     /// Back to the state after power-on, for a reset of the machine.
@@ -121,11 +141,15 @@ impl AcpiPm {
         let kind = (self.control & SLP_TYP) >> SLP_TYP_SHIFT;
         // SLP_EN is write-only (section 4.8.3.2.1).
         self.control &= !SLP_EN;
-        if kind == u16::from(Self::S5_TYPE) {
-            return Action::Shutdown;
+        match u8::try_from(kind) {
+            Ok(Self::S3_TYPE) => Action::SuspendToRam,
+            Ok(Self::S4_TYPE) => Action::SuspendToDisk,
+            Ok(Self::S5_TYPE) => Action::Shutdown,
+            _ => {
+                tracing::debug!(kind, "The guest asks for a sleep state that the DSDT does not offer");
+                Action::None
+            }
         }
-        tracing::debug!(kind, "The guest asks for a sleep state that the DSDT does not offer");
-        Action::None
     }
 }
 
@@ -243,6 +267,33 @@ mod tests {
         assert_eq!(write16(&mut pm, CONTROL, SCI_EN | kind | SLP_EN), Action::Shutdown);
         assert_eq!(read16(&mut pm, CONTROL), SCI_EN | kind);
         assert_eq!(write16(&mut pm, CONTROL, 1 << 10 | SLP_EN), Action::None);
+    }
+
+    #[test]
+    fn every_sleep_state_of_the_dsdt_asks_for_its_own_action_and_no_other_does() {
+        for kind in 0..8 {
+            let (mut pm, _) = pm();
+            let action = match kind {
+                3 => Action::SuspendToRam,
+                4 => Action::SuspendToDisk,
+                5 => Action::Shutdown,
+                _ => Action::None,
+            };
+            assert_eq!(write16(&mut pm, CONTROL, kind << 10 | SLP_EN), action, "SLP_TYP {kind}");
+        }
+    }
+
+    #[test]
+    fn a_machine_that_wakes_shows_that_it_was_asleep_until_the_guest_clears_it() {
+        for (by_power_button, status) in [(false, 0x8000), (true, 0x8100)] {
+            let (mut pm, line) = pm();
+            write16(&mut pm, ENABLE, 0x0100);
+            pm.wake(by_power_button);
+            assert_eq!((read16(&mut pm, STATUS), read16(&mut pm, ENABLE)), (status, 0));
+            assert_eq!(read16(&mut pm, CONTROL), SCI_EN);
+            write16(&mut pm, STATUS, 0x8000);
+            assert_eq!((read16(&mut pm, STATUS), line.count()), (status & 0x0100, 0));
+        }
     }
 
     #[test]

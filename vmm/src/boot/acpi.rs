@@ -1,12 +1,14 @@
 //! The few ACPI tables a guest needs (ACPI 6.5): RSDP → XSDT → FADT → DSDT and FACS, and MADT.
 //!
-//! Fixed hardware, not hardware-reduced: the power button, S5 and the PM timer live in registers that
+//! Fixed hardware, not hardware-reduced: the power button, S3, S4, S5 and the PM timer live in registers that
 //! [`devices::legacy::acpi_pm`] emulates, and a Linux guest looks nowhere else for them. virtio-mmio devices are
 //! `LNRO0005`, which Linux' virtio_mmio driver matches; Debian's kernels have no `virtio_mmio.device=`
 //! parameter.
 //!
 //! The SCI is declared edge-triggered in the MADT, because an irqfd delivers edges: a level-triggered pin would
 //! lose an edge that arrives while the handler runs.
+//!
+//! The FACS is at a fixed place ([`layout::FACS`]): [`super::wake`] looks there for where the guest wants to wake.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -48,8 +50,9 @@ pub struct VirtioMmio {
 pub fn write_tables(memory: &GuestMemoryMmap, cpus: u8, virtio: &[VirtioMmio]) -> Result<(), BootError> {
     let base = layout::ACPI.raw_value();
     let mut area = Area { base, bytes: vec![0; Rsdp::len()] };
-    let dsdt = area.push(dsdt(virtio).as_slice());
     let facs = area.push(&bytes(&FACS::new()));
+    debug_assert_eq!(facs, layout::FACS.raw_value());
+    let dsdt = area.push(dsdt(virtio).as_slice());
     let fadt = area.push(&bytes(&fadt(dsdt, facs).finalize()));
     let madt = area.push(madt(cpus).as_slice());
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -158,7 +161,7 @@ fn madt(cpus: u8) -> Sdt {
 
 fn dsdt(virtio: &[VirtioMmio]) -> Sdt {
     let mut aml = Vec::new();
-    s5().to_aml_bytes(&mut aml);
+    sleep_states(&mut aml);
     serial(&mut aml);
     pvpanic(&mut aml);
     for (index, device) in virtio.iter().enumerate() {
@@ -170,16 +173,11 @@ fn dsdt(virtio: &[VirtioMmio]) -> Sdt {
     dsdt
 }
 
-/// `\_S5`: the SLP_TYP values that mean "off". S3 and S4 will stand beside it.
-fn s5() -> impl Aml {
-    struct S5;
-    impl Aml for S5 {
-        fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-            let kind = AcpiPm::S5_TYPE;
-            Name::new("_S5_".into(), &Package::new(vec![&kind, &kind, &ZERO, &ZERO])).to_aml_bytes(sink);
-        }
+/// `\_S3`, `\_S4`, `\_S5`: the SLP_TYP values that mean "suspend to RAM", "suspend to disk" and "off".
+fn sleep_states(aml: &mut Vec<u8>) {
+    for (name, kind) in [("_S3_", AcpiPm::S3_TYPE), ("_S4_", AcpiPm::S4_TYPE), ("_S5_", AcpiPm::S5_TYPE)] {
+        Name::new(name.into(), &Package::new(vec![&kind, &kind, &ZERO, &ZERO])).to_aml_bytes(aml);
     }
-    S5
 }
 
 /// Addresses of ports and of what is below 4 GiB by layout.
@@ -274,11 +272,20 @@ mod tests {
             .collect();
         assert_eq!(names, [b"FACP".to_vec(), b"APIC".to_vec()]);
         let fadt = table_at(&memory, u64_at(&xsdt, 36));
+        let facs = u64::from(u32::from_le_bytes(fadt[36..40].try_into().unwrap()));
+        assert_eq!(facs, layout::FACS.0, "where a waking machine looks");
+        assert_eq!(&table_at(&memory, facs)[..4], b"FACS");
         let dsdt = table_at(&memory, u64_at(&fadt, 140));
         assert_eq!(&dsdt[..4], b"DSDT");
         assert_eq!(sum(&dsdt), 0);
-        let found = dsdt.windows(8).filter(|window| window == b"LNRO0005").count();
-        assert_eq!(found, 3);
+        let count = |name: &[u8]| dsdt.windows(name.len()).filter(|window| *window == name).count();
+        assert_eq!(count(b"LNRO0005"), 3);
+        for (name, kind) in
+            [(b"_S3_", AcpiPm::S3_TYPE), (b"_S4_", AcpiPm::S4_TYPE), (b"_S5_", AcpiPm::S5_TYPE)]
+        {
+            // A package of four: the kind as a byte constant, twice.
+            assert_eq!(count(&[&name[..], &[0x12, 8, 4, 0x0a, kind, 0x0a, kind]].concat()), 1, "{name:?}");
+        }
     }
 
     #[test]

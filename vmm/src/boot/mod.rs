@@ -29,6 +29,7 @@ pub mod cpuid;
 pub mod initrd;
 pub mod linux;
 pub mod pvh;
+pub mod wake;
 
 pub use initrd::Initrd;
 

@@ -1,4 +1,4 @@
-//! Builds a [`Machine`], step by step.
+//! Builds a [`Machine`], step by step: for a guest that boots, or for one that wakes.
 
 use std::io;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use devices::virtio::console::{self, Console};
 use devices::virtio::device::{Interrupt, VirtioDevice};
 use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use devices::virtio::rng::Rng;
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config};
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use parking_lot::Mutex;
 use vm_memory::GuestMemoryMmap;
@@ -23,7 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::irq::IrqFd;
 use super::memory::{self, MemoryError};
 use super::notify::Notifier;
-use super::{Doorbells, Machine, layout};
+use super::{Doorbells, Kept, Machine, layout};
 use crate::boot::acpi::VirtioMmio;
 use crate::boot::{self, BootError, BootFiles, Entry};
 use crate::config::VmSpec;
@@ -87,14 +87,25 @@ pub struct Parts<'a> {
     pub events: &'a Notifier,
 }
 
-/// Builds the machine; its vCPUs wait.
+/// The first instruction of a guest.
+enum Begin {
+    /// The kernel's.
+    Boot(Entry),
+    /// That of the wake-up code.
+    Wake { vector: u32 },
+}
+
+/// Builds the machine; its vCPUs wait. With `kept`, the guest will wake where it fell asleep, and boot without.
 ///
 /// # Errors
 ///
 /// See [`MachineError`]. Nothing is left behind.
-pub fn build(parts: &Parts<'_>) -> Result<Machine, MachineError> {
+pub fn build(parts: &Parts<'_>, kept: Option<&Kept>) -> Result<Machine, MachineError> {
     let spec = parts.spec;
-    let guest_memory = memory::allocate(&spec.memory)?;
+    let guest_memory = match kept {
+        Some(kept) => kept.memory.clone(),
+        None => memory::allocate(&spec.memory)?,
+    };
     let vm = parts.kvm.create_vm().map_err(kvm("create a virtual machine"))?;
     // Memory first: it waits until nobody reads the VM's tables any more. Behind the interrupt controllers, which leave
     // KVM such a wait to do at its leisure (one tick of the host's clock), it would wait for theirs as well.
@@ -113,10 +124,19 @@ pub fn build(parts: &Parts<'_>) -> Result<Machine, MachineError> {
     let power = hardware.add_power_management()?;
     hardware.add_reset_and_panic_ports()?;
 
-    boot::acpi::write_tables(&hardware.memory, spec.cpus, &hardware.virtio)?;
-    let entry = parts.boot.load(&hardware.memory, spec.memory.size)?;
+    let begin = match kept {
+        Some(&Kept { memory: _, vector, clock, power_button }) => {
+            set_clock(&hardware.vm, clock)?;
+            power.lock().wake(power_button);
+            Begin::Wake { vector }
+        }
+        None => {
+            boot::acpi::write_tables(&hardware.memory, spec.cpus, &hardware.virtio)?;
+            Begin::Boot(parts.boot.load(&hardware.memory, spec.memory.size)?)
+        }
+    };
     let (vm, memory, buses, transports) = hardware.finish();
-    let vcpus = create_vcpus(parts, &vm, &memory, &buses, entry)?;
+    let vcpus = create_vcpus(parts, &vm, &memory, &buses, &begin)?;
     Ok(Machine {
         vcpus,
         transports,
@@ -125,8 +145,8 @@ pub fn build(parts: &Parts<'_>) -> Result<Machine, MachineError> {
         serial,
         power,
         doorbells: Doorbells { console: console_doorbells, rng: Arc::clone(&rng_doorbells[0]) },
-        _memory: memory,
-        _vm: vm,
+        memory,
+        vm,
     })
 }
 
@@ -148,12 +168,18 @@ fn create_platform(vm: &VmFd) -> Result<(), MachineError> {
     vm.create_pit2(pit).map_err(kvm("create the timer"))
 }
 
+/// The paravirtual clock goes on from `nanoseconds`.
+fn set_clock(vm: &VmFd, nanoseconds: u64) -> Result<(), MachineError> {
+    let clock = kvm_clock_data { clock: nanoseconds, ..Default::default() };
+    vm.set_clock(&clock).map_err(kvm("set the clock"))
+}
+
 fn create_vcpus(
     parts: &Parts<'_>,
     vm: &VmFd,
     memory: &GuestMemoryMmap,
     buses: &Buses,
-    entry: Entry,
+    begin: &Begin,
 ) -> Result<Vec<VcpuHandle>, MachineError> {
     let supported = parts.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("read CPUID"))?;
     let cpus = parts.spec.cpus;
@@ -165,9 +191,10 @@ fn create_vcpus(
         boot::cpuid::set_boot_msrs(&fd)?;
         boot::cpuid::set_lapic_lines(&fd)?;
         if index == 0 {
-            match entry {
-                Entry::Linux { rip } => boot::linux::set_registers(&fd, memory, rip)?,
-                Entry::Pvh { rip } => boot::pvh::set_registers(&fd, memory, rip)?,
+            match *begin {
+                Begin::Boot(Entry::Linux { rip }) => boot::linux::set_registers(&fd, memory, rip)?,
+                Begin::Boot(Entry::Pvh { rip }) => boot::pvh::set_registers(&fd, memory, rip)?,
+                Begin::Wake { vector } => boot::wake::set_registers(&fd, vector)?,
             }
         }
         vcpus.push((index, fd));

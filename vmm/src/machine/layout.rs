@@ -42,6 +42,8 @@ pub const CMDLINE_MAX: usize = 0x1_0000;
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// ACPI tables, RSDP first: the area that a BIOS-era guest scans too.
 pub const ACPI: GuestAddress = GuestAddress(0xe_0000);
+/// The FACS, right behind the RSDP: the one table that the guest writes and the machine reads.
+pub const FACS: GuestAddress = GuestAddress(0xe_0040);
 /// End of the ACPI area.
 pub const ACPI_END: u64 = 0x10_0000;
 /// The kernel, and the first address it may be loaded to.

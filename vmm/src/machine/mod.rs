@@ -3,10 +3,23 @@
 //!
 //! ```text
 //!   builder ──▶ Machine { vCPU threads, buses → devices, guest memory, KVM VM }
-//!                 │ pause / resume / drop: always in this order
-//!                 ▼
-//!               vCPUs stop ─▶ devices let go of guest memory ─▶ memory and VM go
+//!      ▲          │ pause / resume / drop: always in this order
+//!      │          ▼
+//!      │        vCPUs stop ─▶ devices let go of guest memory ─▶ memory and VM go
+//!      └──────────────── Kept { memory, clock } ◀── S3
 //! ```
+//!
+//! # Sleeping
+//!
+//! In S3 a machine keeps its memory and loses everything else: so it does here. While the guest sleeps its machine
+//! stands still; to wake it up, the machine is dropped as for a reset, and the next one is built around what S3 keeps
+//! ([`Kept`]): vCPUs, interrupt controllers, timers and devices are as after power-on, which is what firmware would
+//! make of them before it jumps to the guest's wake-up code. Nothing has to be brought back to that state register by
+//! register, and nothing can be forgotten. The guest's drivers set their devices up again (Linux: `virtio_mmio`'s
+//! freeze and restore, which reset the device themselves).
+//!
+//! Only the paravirtual clock goes on where it was. Linux numbers its log and its scheduler's time by it, and takes
+//! it to be monotonic over S3; the time stamp counter begins again at 0, as on hardware.
 
 pub mod builder;
 pub mod irq;
@@ -26,7 +39,20 @@ use parking_lot::Mutex;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::boot::wake;
 use crate::vcpu::{VcpuCommand, VcpuError, VcpuHandle, command_all};
+
+/// What S3 keeps of a machine.
+pub struct Kept {
+    /// RAM, as the guest left it.
+    memory: GuestMemoryMmap,
+    /// Where the guest's wake-up code is.
+    vector: u32,
+    /// The paravirtual clock, in nanoseconds since the guest booted.
+    clock: u64,
+    /// The power button was pressed.
+    power_button: bool,
+}
 
 /// Doorbells that the control loop serves.
 pub struct Doorbells {
@@ -50,8 +76,8 @@ pub struct Machine {
     pub power: Arc<Mutex<AcpiPm>>,
     /// What the control loop listens to.
     pub doorbells: Doorbells,
-    _memory: GuestMemoryMmap,
-    _vm: VmFd,
+    memory: GuestMemoryMmap,
+    vm: VmFd,
 }
 
 impl Machine {
@@ -71,6 +97,23 @@ impl Machine {
     /// One does not answer.
     pub fn resume_vcpus(&self) -> Result<(), VcpuError> {
         command_all(&self.vcpus, VcpuCommand::Resume)
+    }
+
+    /// Whether the guest has said where it wants to wake; otherwise no firmware could wake it.
+    pub fn can_wake(&self) -> bool {
+        wake::vector(&self.memory).is_some()
+    }
+
+    /// What is left of the machine when it sleeps, while its vCPUs stand still; `None` if it cannot wake.
+    ///
+    /// # Errors
+    ///
+    /// KVM does not tell its clock.
+    pub fn keep(&self) -> Result<Option<Kept>, kvm_ioctls::Error> {
+        let Some(vector) = wake::vector(&self.memory) else { return Ok(None) };
+        let clock = self.vm.get_clock()?.clock;
+        let power_button = self.power.lock().is_power_button_pending();
+        Ok(Some(Kept { memory: self.memory.clone(), vector, clock, power_button }))
     }
 
     /// Host thread IDs by vCPU.

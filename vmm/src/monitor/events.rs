@@ -25,6 +25,8 @@ pub enum Event {
     Suspend,
     /// The guest woke from suspend-to-RAM.
     Wakeup,
+    /// The guest has suspended to disk; the end of the VM follows.
+    SuspendDisk,
     /// The VM is being reset.
     Reset(ShutdownCause),
     /// The VM is shutting down.
@@ -135,6 +137,7 @@ pub static EVENTS: &[(&str, &Object)] = &[
     ("POWERDOWN", &EMPTY),
     ("SUSPEND", &EMPTY),
     ("WAKEUP", &EMPTY),
+    ("SUSPEND_DISK", &EMPTY),
     ("RESET", &SHUTDOWN),
     ("SHUTDOWN", &SHUTDOWN),
     ("VSERPORT_CHANGE", &VSERPORT_CHANGE),
@@ -173,6 +176,7 @@ impl Event {
             Self::Powerdown => "POWERDOWN",
             Self::Suspend => "SUSPEND",
             Self::Wakeup => "WAKEUP",
+            Self::SuspendDisk => "SUSPEND_DISK",
             Self::Reset(_) => "RESET",
             Self::Shutdown(_) => "SHUTDOWN",
             Self::VserportChange { .. } => "VSERPORT_CHANGE",
@@ -184,7 +188,12 @@ impl Event {
     /// Its data, where it has any.
     fn data(&self) -> Option<Value> {
         match self {
-            Self::Stop | Self::Resume | Self::Powerdown | Self::Suspend | Self::Wakeup => None,
+            Self::Stop
+            | Self::Resume
+            | Self::Powerdown
+            | Self::Suspend
+            | Self::Wakeup
+            | Self::SuspendDisk => None,
             Self::Reset(cause) | Self::Shutdown(cause) => Some(cause.data()),
             Self::VserportChange { id, open } => Some(json!({"id": id, "open": open})),
             Self::GuestPanicked(action) => Some(json!({"action": match action {
@@ -309,7 +318,8 @@ mod tests {
     use super::*;
 
     fn one_of_each() -> Vec<Event> {
-        let mut events = vec![Event::Stop, Event::Resume, Event::Powerdown, Event::Suspend, Event::Wakeup];
+        let mut events = vec![Event::Stop, Event::Resume, Event::Powerdown];
+        events.extend([Event::Suspend, Event::Wakeup, Event::SuspendDisk]);
         for cause in ShutdownCause::ALL {
             events.extend([Event::Reset(cause), Event::Shutdown(cause)]);
         }

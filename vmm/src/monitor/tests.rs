@@ -88,6 +88,10 @@ impl Vm for FakeVm {
         self.events.push(Event::Reset(ShutdownCause::HostReset));
         Ok(())
     }
+    fn system_wakeup(&mut self) -> Result<(), VmError> {
+        Err(VmError::NotSuspended)
+    }
+
     fn system_powerdown(&mut self) -> Result<(), VmError> {
         let source = std::io::Error::other("no power button");
         Err(VmError::Failed(Box::new(SocketError::Listen { path: "/x".into(), source })))

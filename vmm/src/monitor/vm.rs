@@ -56,6 +56,12 @@ pub trait Vm {
     ///
     /// The guest cannot be told.
     fn system_powerdown(&mut self) -> Result<(), VmError>;
+    /// Wakes the guest from suspend-to-RAM.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::NotSuspended`] in any other state than suspended.
+    fn system_wakeup(&mut self) -> Result<(), VmError>;
     /// Changes the size in bytes of disk `index` of [`disks`](Self::disks), and tells the guest.
     ///
     /// # Errors
@@ -85,6 +91,9 @@ pub enum VmError {
     /// `cont` in a state that only a reset leads out of.
     #[error("Resetting the Virtual Machine is required")]
     ResetRequired,
+    /// `system_wakeup` of a guest that does not sleep, or that a client has stopped (QEMU's text).
+    #[error("Unable to wake up: guest is not in suspended state")]
+    NotSuspended,
     /// The state does not allow it.
     #[error("The virtual machine is in state '{0}', which does not allow this")]
     State(&'static str),

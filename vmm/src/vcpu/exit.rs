@@ -62,6 +62,10 @@ pub(super) fn suberror_meaning(suberror: u32) -> &'static str {
 pub enum VcpuEvent {
     /// The guest switched itself off.
     Shutdown,
+    /// The guest put the machine to sleep, its memory kept.
+    SuspendToRam,
+    /// The guest has written its memory to a disk and switched the machine off.
+    SuspendToDisk,
     /// The guest asked for a reset.
     Reset,
     /// The guest triple-faulted.
@@ -129,6 +133,8 @@ fn ask(action: Action) -> Outcome {
     match action {
         Action::None => Outcome::Continue,
         Action::Shutdown => Outcome::Event(VcpuEvent::Shutdown),
+        Action::SuspendToRam => Outcome::Event(VcpuEvent::SuspendToRam),
+        Action::SuspendToDisk => Outcome::Event(VcpuEvent::SuspendToDisk),
         Action::Reset => Outcome::Event(VcpuEvent::Reset),
         Action::Panicked { crash_loaded: false } => Outcome::Event(VcpuEvent::Panicked),
         Action::Panicked { crash_loaded: true } => Outcome::Event(VcpuEvent::CrashLoaded),

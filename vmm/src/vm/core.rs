@@ -153,12 +153,21 @@ impl Vm for Core {
         Ok(self.controller.reset(ShutdownCause::HostReset)?)
     }
 
+    /// A press of the button wakes a guest that sleeps, and does no more (ACPI 6.5, section 4.8.3.1.1): it finds the
+    /// button pressed and takes that for what woke it.
     fn system_powerdown(&mut self) -> Result<(), VmError> {
         if let Some(machine) = self.controller.machine() {
             machine.power.lock().press_power_button();
         }
         self.events.push(Event::Powerdown);
-        Ok(())
+        if self.controller.state() == RunState::Suspended { Ok(self.controller.wake()?) } else { Ok(()) }
+    }
+
+    fn system_wakeup(&mut self) -> Result<(), VmError> {
+        match self.controller.wake() {
+            Err(ControlError::Denied(_)) => Err(VmError::NotSuspended),
+            done => Ok(done?),
+        }
     }
 
     fn resize_disk(&mut self, index: usize, size: u64) -> Result<(), VmError> {

@@ -52,6 +52,8 @@ pub(super) struct PortHosts {
     /// Registered descriptors of the machine that runs, each with what keeps it open: a descriptor must not be closed
     /// while it is registered.
     watched: Vec<Watched>,
+    /// The virtio-serial device of that machine.
+    console_device: Option<ConsoleHandle>,
     /// Doorbells are answered: the guest runs, and may find its memory written.
     answering: bool,
     /// What the guest is to be told when it runs again: ports whose client left meanwhile, another terminal size.
@@ -75,6 +77,7 @@ impl PortHosts {
             channels,
             serial: spec.console == ConsoleSpec::Serial,
             watched: vec![],
+            console_device: None,
             answering: true,
             closed_meanwhile: vec![],
             resized: false,
@@ -100,6 +103,7 @@ impl PortHosts {
         }
         drop(serial);
         let console = &machine.console;
+        self.console_device = Some(console.clone());
         console.set_host_open(CONSOLE_PORT, true);
         console.set_host_open(AGENT_PORT, true);
         self.closed_meanwhile.clear();
@@ -119,10 +123,15 @@ impl PortHosts {
         }
     }
 
-    /// The machine is gone.
-    pub(super) fn forget_doorbells(&mut self, watch: &mut dyn Watch) {
+    /// The machine is gone, and its guest ends with it, unless the VM is about to end.
+    pub(super) fn forget_doorbells(&mut self, core: &mut Core, watch: &mut dyn Watch) {
         for watched in self.watched.drain(..) {
             watch.remove(watched.fd);
+        }
+        if let Some(console) = self.console_device.take()
+            && core.controller.machine().is_some()
+        {
+            self.port_events(0, &console, core, watch);
         }
     }
 
@@ -156,11 +165,15 @@ impl PortHosts {
         // Already drained is fine.
         let _ = doorbell.read();
         let console = machine.console.clone();
+        self.port_events(queue, &console, core, watch);
+    }
+
+    fn port_events(&mut self, queue: usize, console: &ConsoleHandle, core: &mut Core, watch: &mut dyn Watch) {
         for event in console.doorbell(queue) {
             match event {
                 PortEvent::GuestOpened(port) => Self::guest_end(port, true, core, watch),
                 PortEvent::GuestClosed(port) => Self::guest_end(port, false, core, watch),
-                PortEvent::Readable(port) => self.pull(port, &console, core, watch),
+                PortEvent::Readable(port) => self.pull(port, console, core, watch),
                 // Whatever waits is written when the loop settles.
                 PortEvent::Writable(_) => {}
             }
@@ -278,6 +291,8 @@ impl PortHosts {
             for port in FIRST_CHANNEL..FIRST_CHANNEL + self.channels.len() {
                 self.pull(port, &console, core, watch);
             }
+            // A guest that falls asleep has closed its ports, and nobody listens while it sleeps.
+            self.port_events(0, &console, core, watch);
         }
     }
 

@@ -134,6 +134,7 @@ pub fn run(spec: &VmSpec, dir: &RunDir, foreground: Foreground) -> Result<Outcom
         signals,
         known: registrations.0,
         generation: None,
+        boots: Some(1),
         timer,
         armed: None,
     };

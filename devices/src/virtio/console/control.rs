@@ -12,6 +12,9 @@
 //!     ◀─────────── PORT_REMOVE ──    the port is unplugged
 //! ```
 //!
+//! A driver that wakes from S3 or comes back from hibernation knows the ports it had: it begins with PORT_READY for
+//! each, and PORT_OPEN where a program has one open (Linux `virtcons_restore()`).
+//!
 //! What remains to be said follows from a few flags per port instead of a queue of messages, so a guest that
 //! gives no buffers, or asks the same thing for ever, cannot make it grow.
 
@@ -193,8 +196,9 @@ impl Control {
         self.added = false;
     }
 
-    /// PORT_READY. A driver that wakes up from hibernation says so twice, and is answered twice.
+    /// PORT_READY: the guest knows the port. One that wakes up may say so twice, and is answered twice.
     pub(super) fn port_ready(&mut self, spec: &PortSpec, ok: bool) {
+        self.added = true;
         self.ready = ok && self.plugged;
         self.console_due = spec.console;
         self.name_due = spec.name.is_some();

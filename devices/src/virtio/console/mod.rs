@@ -147,7 +147,7 @@ struct Active {
     multiport: bool,
     control_rx: Option<Virtqueue>,
     control_tx: Option<Virtqueue>,
-    /// The driver has said DEVICE_READY.
+    /// The driver has said DEVICE_READY, or what follows from it.
     device_ready: bool,
 }
 
@@ -486,6 +486,8 @@ fn hear(ports: &mut [Port], device_ready: &mut bool, message: FromGuest) {
         FromGuest::PortReady(id, ok) => {
             if let Some(Port { spec, control, .. }) = port(id).and_then(|index| ports.get_mut(index)) {
                 control.port_ready(spec, ok);
+                // A driver that wakes up does not say DEVICE_READY again.
+                *device_ready |= ok;
             }
         }
         FromGuest::PortOpen(id, open) => {

@@ -27,6 +27,12 @@ pub(super) const COMMANDS: &[Command] = &[
         run: |_| Ok(json!({"enabled": true, "present": true})),
     },
     Command {
+        name: "query-current-machine",
+        arguments: &EMPTY,
+        returns: Type::Object(&CURRENT_MACHINE),
+        run: |_| Ok(json!({"wakeup-suspend-support": true})),
+    },
+    Command {
         name: "query-cpus-fast",
         arguments: &EMPTY,
         returns: Type::Array(&Type::Object(&CPU_INFO)),
@@ -43,6 +49,7 @@ pub(super) const COMMANDS: &[Command] = &[
 static NAME_INFO: Object = Object::new(&[required("name", Type::Str)]);
 static UUID_INFO: Object = Object::new(&[required("UUID", Type::Str)]);
 static KVM_INFO: Object = Object::new(&[required("enabled", Type::Bool), required("present", Type::Bool)]);
+static CURRENT_MACHINE: Object = Object::new(&[required("wakeup-suspend-support", Type::Bool)]);
 static CPU_INFO: Object = Object::new(&[
     required("cpu-index", Type::Int),
     required("qom-path", Type::Str),

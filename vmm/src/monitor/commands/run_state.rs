@@ -17,6 +17,7 @@ pub(super) const COMMANDS: &[Command] = &[
     verb("cont", |call| Ok(call.vm.cont().map(|()| nothing())?)),
     verb("system_reset", |call| Ok(call.vm.system_reset().map(|()| nothing())?)),
     verb("system_powerdown", |call| Ok(call.vm.system_powerdown().map(|()| nothing())?)),
+    verb("system_wakeup", |call| Ok(call.vm.system_wakeup().map(|()| nothing())?)),
     verb("quit", |call| {
         call.vm.quit();
         Ok(nothing())
@@ -29,8 +30,16 @@ const fn verb(name: &'static str, run: fn(&mut Call<'_>) -> Result<Value, Error>
 
 static STATUS_INFO: Object =
     Object::new(&[required("status", Type::Enum(RUN_STATES)), required("running", Type::Bool)]);
-const RUN_STATES: &[&str] =
-    &["prelaunch", "running", "paused", "io-error", "guest-panicked", "internal-error", "shutdown"];
+const RUN_STATES: &[&str] = &[
+    "prelaunch",
+    "running",
+    "paused",
+    "io-error",
+    "suspended",
+    "guest-panicked",
+    "internal-error",
+    "shutdown",
+];
 
 fn query_status(call: &mut Call<'_>) -> Result<Value, Error> {
     let state = call.vm.run_state();
@@ -44,6 +53,10 @@ mod tests {
 
     #[test]
     fn the_schema_names_every_run_state() {
-        assert_eq!(RunState::ALL.map(RunState::name), RUN_STATES);
+        // One that is paused in its sleep is paused.
+        let names =
+            RunState::ALL.into_iter().filter(|state| *state != RunState::PausedAsleep).map(RunState::name);
+        assert_eq!(names.collect::<Vec<_>>(), RUN_STATES);
+        assert_eq!(RunState::PausedAsleep.name(), RunState::Paused.name());
     }
 }
