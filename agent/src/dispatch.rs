@@ -23,6 +23,7 @@ const FAMILIES: &[&[Command]] = &[
     commands::fsfreeze::COMMANDS,
     commands::file::COMMANDS,
     commands::shutdown::COMMANDS,
+    commands::suspend::COMMANDS,
     commands::session::COMMANDS,
 ];
 

@@ -24,3 +24,4 @@ mod monitor;
 mod ports;
 mod stock_qemu;
 mod story;
+mod suspend;

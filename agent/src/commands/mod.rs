@@ -18,6 +18,7 @@ pub(crate) mod session;
 pub(crate) mod shutdown;
 pub(crate) mod ssh;
 pub(crate) mod statistics;
+pub(crate) mod suspend;
 pub(crate) mod system;
 pub(crate) mod time;
 pub(crate) mod users;

@@ -52,7 +52,7 @@ fn shutdown(_: &mut Guest, mut args: Args) -> Result<Value, Error> {
     }
 }
 
-fn is_executable(path: &Path) -> bool {
+pub(super) fn is_executable(path: &Path) -> bool {
     rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok()
 }
 

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Cmdline {
     pub(super) mounts: Vec<MountSpec>,
+    /// Swap space, and the image of a hibernated guest.
+    pub(super) resume: Option<DeviceName>,
     /// Another agent: the program and its arguments.
     pub(super) agent: Option<Vec<String>>,
     /// A shell is wanted; on this terminal, or on the console.
@@ -53,6 +55,9 @@ impl Cmdline {
                     Some(spec) => parsed.mounts.push(spec),
                     None => super::say!("tarn.mount={value}: expected DEVICE:DIR:FSTYPE[:OPTIONS]"),
                 },
+                ("tarn.resume", Some(value)) if !value.is_empty() => {
+                    parsed.resume = Some(DeviceName::parse(value));
+                }
                 ("tarn.agent", Some(value)) if !value.is_empty() => {
                     parsed.agent = Some(value.split(',').map(str::to_owned).collect());
                 }
@@ -85,6 +90,15 @@ fn words(text: &str) -> Vec<String> {
         words.push(word);
     }
     words
+}
+
+impl DeviceName {
+    fn parse(text: &str) -> Self {
+        match text.strip_prefix("serial:") {
+            Some(id) => Self::Serial(id.into()),
+            None => Self::Path(text.into()),
+        }
+    }
 }
 
 impl MountSpec {
@@ -140,6 +154,14 @@ mod tests {
         let parsed = Cmdline::parse("tarn.agent=/usr/sbin/qemu-ga,-m,virtio-serial tarn.hostname=vm");
         assert_eq!(parsed.agent.unwrap(), ["/usr/sbin/qemu-ga", "-m", "virtio-serial"]);
         assert_eq!(parsed.hostname, "vm");
+    }
+
+    #[test]
+    fn an_image_to_resume_from_is_on_a_device_like_any_other() {
+        let resume = |text: &str| Cmdline::parse(text).resume;
+        assert_eq!(resume("tarn.resume=/dev/vdb"), Some(DeviceName::Path("/dev/vdb".into())));
+        assert_eq!(resume("tarn.resume=serial:swap"), Some(DeviceName::Serial("swap".into())));
+        assert_eq!(resume("tarn.resume= tarn.resume resume=/dev/vda"), None);
     }
 
     #[test]

@@ -143,7 +143,7 @@ fn flags(options: &str) -> (MountFlags, String) {
 }
 
 /// The device's node, once it is there.
-fn wait_for(device: &DeviceName, uevents: &mut Uevents) -> io::Result<PathBuf> {
+pub(super) fn wait_for(device: &DeviceName, uevents: &mut Uevents) -> io::Result<PathBuf> {
     let deadline = Instant::now() + APPEARING;
     loop {
         let found = match device {

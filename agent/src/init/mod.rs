@@ -1,7 +1,7 @@
 //! The guest image's init: this program when it runs as PID 1.
 //!
 //! ```text
-//!  boot    proc, sys, dev, run, tmp ▶ console ▶ modules ▶ tarn.mount=… ▶ agent ▶ shell, power button
+//!  boot    proc, sys, dev, run, tmp ▶ console ▶ modules ▶ tarn.resume= ▶ tarn.mount=… ▶ agent ▶ shell, power button
 //!
 //!  serve   ┌──────────────── poll ────────────────┐
 //!          │ signals   reap, restart, end         │      agent ── its own children, reaped by it
@@ -19,6 +19,7 @@
 //! | parameter | meaning |
 //! |---|---|
 //! | `tarn.mount=DEVICE:DIR:FSTYPE[:OPTIONS]` | mount before the agent starts; repeatable; DEVICE is a path or `serial:ID` |
+//! | `tarn.resume=DEVICE` | go on from the image that hibernation left on this swap space, or use it for the next |
 //! | `tarn.agent=PROGRAM[,ARGUMENT…]` | run this agent instead |
 //! | `tarn.shell[=TTY]` | a shell, on the console unless told otherwise |
 //! | `tarn.hostname=NAME` | default `tarn` |
@@ -38,6 +39,7 @@ mod modules;
 mod ports;
 mod power;
 mod services;
+mod swap;
 mod uevents;
 
 use std::ffi::OsStr;
@@ -114,6 +116,9 @@ impl Init {
         let mut uevents = Uevents::listen().map_err(InitError::Uevents)?;
         modules::load_boot();
         ports::refresh();
+        if let Some(device) = &cmdline.resume {
+            swap::resume_or_use(device, &mut uevents);
+        }
         for mount in &cmdline.mounts {
             filesystems::mount(mount, &mut uevents);
         }
