@@ -72,7 +72,7 @@ pub(super) fn failure(action: &str, status: ExitStatus, complaint: &str) -> Erro
 }
 
 /// Waits for the child, but not for ever; `None` if it is still running.
-fn finish(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
+pub(super) fn finish(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
     let deadline = Instant::now() + limit;
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let end = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());

@@ -195,8 +195,9 @@ impl System {
         match child::run(&mut self.command(program, arguments)?, ANSWERING).ok()? {
             Outcome::Ended(status, _) => status.code(),
             Outcome::Running(mut child) => {
+                // Killed, it ends; and if it hangs in the kernel it is not waited for.
                 let _ = child.kill();
-                let _ = child.wait();
+                let _ = child::finish(&mut child, Duration::from_secs(1));
                 None
             }
         }
