@@ -60,9 +60,10 @@ struct Echo {
 
 impl Echo {
     fn start(vm: &mut Vm<'_>, path: &Path) -> Self {
-        vm.sh(&format!("(exec 3<>/dev/virtio-ports/{CHANNEL}; cat <&3 >&3) >/dev/null 2>&1 &"));
+        // First the host's end: without it, the guest reads an end of file.
         let socket = connect(path);
         let lines = BufReader::new(socket.try_clone().unwrap());
+        vm.sh(&format!("(exec 3<>/dev/virtio-ports/{CHANNEL}; cat <&3 >&3) >/dev/null 2>&1 &"));
         Self { socket, lines }
     }
 
