@@ -46,6 +46,7 @@ pub mod controller;
 pub mod event_loop;
 pub mod guest_channel;
 pub mod host;
+pub mod jobs;
 pub mod machine;
 pub mod monitor;
 pub mod ports;

@@ -1,0 +1,469 @@
+//! One job from its creation to its end: what clients ask and what its disk reports go in, orders to the disk and
+//! notes to the clients come out. No I/O, no clock.
+//!
+//! ```text
+//!   complete             Quiesce ─▶ Quiesced: waiting, pending ─▶ [finalize] ─▶ Switch ─▶ Switched: COMPLETED
+//!   cancel, when ready   Quiesce ─▶ Quiesced: waiting, pending ─▶ [finalize] ─▶ Detach ─▶ Detached: COMPLETED
+//!   cancel, else         aborting ─▶ Detach ─▶ Detached: CANCELLED
+//!   Failed               aborting ─▶ Detach ─▶ Detached: COMPLETED with an error
+//!   then                 concluded ─▶ [dismiss] ─▶ null
+//! ```
+//!
+//! Between Quiesced and Switched (or Detached) the guest's I/O is held: both images are the same then, and the
+//! target's is on its disk.
+
+use super::state::{JobStatus, Verb, VerbRefused};
+
+/// What a client gets to see of a job's kind (QEMU's `JobType`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobKind {
+    /// `drive-mirror`, `blockdev-mirror`.
+    Mirror,
+    /// `drive-backup`, `blockdev-backup`.
+    Backup,
+}
+
+impl JobKind {
+    /// QEMU's spelling.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Mirror => "mirror",
+            Self::Backup => "backup",
+        }
+    }
+}
+
+/// Whether the job has run into an error (QEMU's `BlockDeviceIoStatus`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IoStatus {
+    /// No.
+    #[default]
+    Ok,
+    /// Yes, and it stands still.
+    Failed,
+    /// Yes: a disk is full.
+    NoSpace,
+}
+
+impl IoStatus {
+    /// QEMU's spelling.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Failed => "failed",
+            Self::NoSpace => "nospace",
+        }
+    }
+}
+
+/// What was done about an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// It is tried again later.
+    Ignore,
+    /// The job fails; a [`Report::Failed`] follows.
+    Report,
+    /// The job stands still until it is resumed.
+    Stop,
+}
+
+/// What a client asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Stand still.
+    Pause,
+    /// Go on.
+    Resume,
+    /// So many bytes per second; 0 is no limit.
+    SetSpeed(u64),
+    /// End. Without `force`, a job that is ready finishes its copy.
+    Cancel {
+        /// At once, whatever becomes of the copy.
+        force: bool,
+    },
+    /// Make the target the disk.
+    Complete,
+    /// Go on from pending.
+    Finalize,
+    /// Forget the job.
+    Dismiss,
+}
+
+impl Request {
+    fn verb(self) -> Verb {
+        match self {
+            Self::Pause => Verb::Pause,
+            Self::Resume => Verb::Resume,
+            Self::SetSpeed(_) => Verb::SetSpeed,
+            Self::Cancel { .. } => Verb::Cancel,
+            Self::Complete => Verb::Complete,
+            Self::Finalize => Verb::Finalize,
+            Self::Dismiss => Verb::Dismiss,
+        }
+    }
+}
+
+/// What the disk reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Report {
+    /// The copy is complete and is kept up.
+    Ready,
+    /// Something could not be read or written.
+    Error {
+        /// A read (of the source), or a write (to the target).
+        is_read: bool,
+        /// What was done about it.
+        action: Action,
+        /// A disk is full.
+        nospace: bool,
+    },
+    /// It cannot go on.
+    Failed(String),
+    /// Nothing is in flight, both images are the same, the target's is on its disk; guest I/O is held.
+    Quiesced,
+    /// The target is the disk now; guest I/O goes on.
+    Switched,
+    /// The source is the disk, and the job has left it; guest I/O goes on.
+    Detached,
+}
+
+/// What the disk is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Copy nothing for now.
+    Pause,
+    /// Copy again, also what has failed.
+    Resume,
+    /// So many bytes per second.
+    SetSpeed(u64),
+    /// Hold guest I/O, copy what is left, sync the target; then [`Report::Quiesced`] or [`Report::Failed`].
+    Quiesce,
+    /// Then [`Report::Switched`].
+    Switch,
+    /// Then [`Report::Detached`]. Whatever is in flight or held.
+    Detach,
+}
+
+/// What clients are told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// JOB_STATUS_CHANGE.
+    Status(JobStatus),
+    /// BLOCK_JOB_READY.
+    Ready,
+    /// BLOCK_JOB_PENDING.
+    Pending,
+    /// BLOCK_JOB_COMPLETED, with an error if there is one.
+    Completed(Option<String>),
+    /// BLOCK_JOB_CANCELLED.
+    Cancelled,
+    /// BLOCK_JOB_ERROR.
+    Error {
+        /// A read, or a write.
+        is_read: bool,
+        /// What was done about it.
+        action: Action,
+    },
+}
+
+/// What follows, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// For the disk.
+    Order(Order),
+    /// For the clients.
+    Note(Note),
+}
+
+/// A request that is refused, with QEMU's words.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum JobRefused {
+    /// Not in this state.
+    #[error(transparent)]
+    Verb(#[from] VerbRefused),
+    /// A client paused it before.
+    #[error("Job is already paused")]
+    AlreadyPaused,
+    /// No client paused it, nor did an error.
+    #[error("Can't resume a job that was not paused")]
+    NotPaused,
+    /// It would have to copy, and may not.
+    #[error("The block job for device '{0}' is currently paused")]
+    Paused(String),
+    /// It is completing already.
+    #[error("The active block job '{0}' cannot be completed")]
+    Completing(String),
+}
+
+/// What is to happen once the disk is quiet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Goal {
+    Pivot,
+    /// Keep the source; the target is a copy as of that moment.
+    Copy,
+}
+
+/// A job.
+#[derive(Clone, Debug)]
+pub struct Job {
+    // Fixed configuration.
+    id: String,
+    kind: JobKind,
+    auto_finalize: bool,
+    auto_dismiss: bool,
+    // Volatile state.
+    status: JobStatus,
+    speed: u64,
+    io_status: IoStatus,
+    user_paused: bool,
+    goal: Option<Goal>,
+    cancelled: bool,
+    error: Option<String>,
+}
+
+/// What a job is made of.
+#[derive(Clone, Debug)]
+pub struct JobOptions {
+    /// Its name.
+    pub id: String,
+    /// Its kind.
+    pub kind: JobKind,
+    /// Bytes per second; 0 is no limit.
+    pub speed: u64,
+    /// Whether it goes on by itself from pending.
+    pub auto_finalize: bool,
+    /// Whether it goes by itself once it is over.
+    pub auto_dismiss: bool,
+}
+
+impl Job {
+    /// A job that begins, and what clients are told of that.
+    pub fn start(options: JobOptions) -> (Self, Vec<Step>) {
+        let JobOptions { id, kind, speed, auto_finalize, auto_dismiss } = options;
+        let mut job = Self {
+            id,
+            kind,
+            auto_finalize,
+            auto_dismiss,
+            status: JobStatus::Created,
+            speed,
+            io_status: IoStatus::Ok,
+            user_paused: false,
+            goal: None,
+            cancelled: false,
+            error: None,
+        };
+        let mut steps = vec![Step::Note(Note::Status(JobStatus::Created))];
+        job.enter(JobStatus::Running, &mut steps);
+        (job, steps)
+    }
+
+    /// Its name.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Its kind.
+    pub fn kind(&self) -> JobKind {
+        self.kind
+    }
+
+    /// Where it is.
+    pub fn status(&self) -> JobStatus {
+        self.status
+    }
+
+    /// Bytes per second; 0 is no limit.
+    pub fn speed(&self) -> u64 {
+        self.speed
+    }
+
+    /// Whether an error has stopped it.
+    pub fn io_status(&self) -> IoStatus {
+        self.io_status
+    }
+
+    /// Whether it goes on by itself from pending, and goes by itself once it is over.
+    pub fn automatic(&self) -> (bool, bool) {
+        (self.auto_finalize, self.auto_dismiss)
+    }
+
+    /// Why it failed, if it did.
+    pub fn error(&self) -> Option<&str> {
+        self.error.as_deref()
+    }
+
+    /// Whether it works, or would if it had something to do.
+    pub fn is_busy(&self) -> bool {
+        matches!(self.status, JobStatus::Running | JobStatus::Ready)
+    }
+
+    /// A client asks.
+    ///
+    /// # Errors
+    ///
+    /// [`JobRefused`]; nothing has changed then.
+    pub fn ask(&mut self, request: Request) -> Result<Vec<Step>, JobRefused> {
+        self.status.check(&self.id, request.verb())?;
+        let mut steps = Vec::new();
+        match request {
+            Request::Pause if self.user_paused => return Err(JobRefused::AlreadyPaused),
+            Request::Pause => {
+                self.user_paused = true;
+                steps.push(Step::Order(Order::Pause));
+                self.stand_still(&mut steps);
+            }
+            Request::Resume if !self.user_paused && self.io_status == IoStatus::Ok => {
+                return Err(JobRefused::NotPaused);
+            }
+            Request::Resume => {
+                self.user_paused = false;
+                self.io_status = IoStatus::Ok;
+                steps.push(Step::Order(Order::Resume));
+                self.go_on(&mut steps);
+            }
+            Request::SetSpeed(speed) => {
+                self.speed = speed;
+                steps.push(Step::Order(Order::SetSpeed(speed)));
+            }
+            Request::Complete if self.goal.is_some() => {
+                return Err(JobRefused::Completing(self.id.clone()));
+            }
+            Request::Complete => self.aim(Goal::Pivot, &mut steps),
+            Request::Cancel { force: false } if self.user_paused => {
+                return Err(JobRefused::Paused(self.id.clone()));
+            }
+            Request::Cancel { force: false } if self.is_ready() => {
+                if self.goal.is_none() {
+                    self.aim(Goal::Copy, &mut steps);
+                }
+            }
+            Request::Cancel { .. } => {
+                self.cancelled = true;
+                self.abort("Operation canceled".to_owned(), &mut steps);
+            }
+            Request::Finalize => self.finalize(&mut steps),
+            Request::Dismiss => self.enter(JobStatus::Null, &mut steps),
+        }
+        Ok(steps)
+    }
+
+    /// The disk reports. What comes after the end is a leftover.
+    pub fn hear(&mut self, report: Report) -> Vec<Step> {
+        let mut steps = Vec::new();
+        match report {
+            _ if self.status.is_over() => {}
+            Report::Ready => {
+                let next = if self.status.is_paused() { JobStatus::Standby } else { JobStatus::Ready };
+                match (self.status, next) {
+                    (JobStatus::Running, _) => self.enter(JobStatus::Ready, &mut steps),
+                    (JobStatus::Paused, _) => {
+                        // The last bytes were under way when it was paused.
+                        self.enter(JobStatus::Running, &mut steps);
+                        self.enter(JobStatus::Ready, &mut steps);
+                    }
+                    _ => return steps,
+                }
+                steps.push(Step::Note(Note::Ready));
+                if next == JobStatus::Standby {
+                    self.enter(JobStatus::Standby, &mut steps);
+                }
+            }
+            Report::Error { is_read, action, nospace } => {
+                steps.push(Step::Note(Note::Error { is_read, action }));
+                if action == Action::Stop {
+                    self.io_status = if nospace { IoStatus::NoSpace } else { IoStatus::Failed };
+                    self.stand_still(&mut steps);
+                }
+            }
+            Report::Failed(error) => self.abort(error, &mut steps),
+            Report::Quiesced if self.is_ready() && self.goal.is_some() => {
+                if self.status == JobStatus::Standby {
+                    self.enter(JobStatus::Ready, &mut steps);
+                }
+                self.enter(JobStatus::Waiting, &mut steps);
+                self.enter(JobStatus::Pending, &mut steps);
+                if self.auto_finalize {
+                    self.finalize(&mut steps);
+                } else {
+                    steps.push(Step::Note(Note::Pending));
+                }
+            }
+            // Overtaken by a cancel.
+            Report::Quiesced => {}
+            Report::Switched | Report::Detached => self.conclude(&mut steps),
+        }
+        steps
+    }
+
+    fn is_ready(&self) -> bool {
+        matches!(self.status, JobStatus::Ready | JobStatus::Standby)
+    }
+
+    fn aim(&mut self, goal: Goal, steps: &mut Vec<Step>) {
+        self.goal = Some(goal);
+        // A job that stands still completes when it is resumed.
+        if !self.status.is_paused() {
+            steps.push(Step::Order(Order::Quiesce));
+        }
+    }
+
+    fn stand_still(&mut self, steps: &mut Vec<Step>) {
+        match self.status {
+            JobStatus::Running => self.enter(JobStatus::Paused, steps),
+            JobStatus::Ready => self.enter(JobStatus::Standby, steps),
+            _ => {}
+        }
+    }
+
+    fn go_on(&mut self, steps: &mut Vec<Step>) {
+        match self.status {
+            JobStatus::Paused => self.enter(JobStatus::Running, steps),
+            JobStatus::Standby => {
+                self.enter(JobStatus::Ready, steps);
+                if self.goal.is_some() {
+                    steps.push(Step::Order(Order::Quiesce));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn finalize(&mut self, steps: &mut Vec<Step>) {
+        let order = match self.goal {
+            Some(Goal::Pivot) => Order::Switch,
+            Some(Goal::Copy) | None => Order::Detach,
+        };
+        steps.push(Step::Order(order));
+    }
+
+    fn abort(&mut self, error: String, steps: &mut Vec<Step>) {
+        self.error.get_or_insert(error);
+        match self.status {
+            JobStatus::Aborting => return,
+            JobStatus::Paused => self.enter(JobStatus::Running, steps),
+            JobStatus::Standby => self.enter(JobStatus::Ready, steps),
+            _ => {}
+        }
+        self.enter(JobStatus::Aborting, steps);
+        steps.push(Step::Order(Order::Detach));
+    }
+
+    fn conclude(&mut self, steps: &mut Vec<Step>) {
+        let note = if self.cancelled { Note::Cancelled } else { Note::Completed(self.error.clone()) };
+        steps.push(Step::Note(note));
+        self.enter(JobStatus::Concluded, steps);
+        if self.auto_dismiss {
+            self.enter(JobStatus::Null, steps);
+        }
+    }
+
+    fn enter(&mut self, next: JobStatus, steps: &mut Vec<Step>) {
+        debug_assert!(self.status.may_become(next), "{:?} to {next:?}", self.status);
+        self.status = next;
+        steps.push(Step::Note(Note::Status(next)));
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,14 @@
+//! Block jobs, as clients of QEMU know them.
+//!
+//! ```text
+//!   monitor ── Request ──▶ ┌───────────┐ ── Step::Order ──▶ the disk's thread
+//!                          │ lifecycle │                        │
+//!   monitor ◀─ Step::Note ─│   (pure)  │ ◀────── Report ────────┘
+//!                          └───────────┘
+//! ```
+//!
+//! [`state`] says what may follow what, [`lifecycle`] what has to be done for it and which events tell of it, in
+//! QEMU's order.
+
+pub mod lifecycle;
+pub mod state;
