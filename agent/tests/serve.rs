@@ -285,6 +285,135 @@ mod tests {
         assert_eq!(client.result("guest-fsfreeze-status", &json!({})), "thawed");
     }
 
+    /// Whether a value is what the schema document says; the path to the first place where it is not.
+    fn check(of: &Value, value: &Value) -> Result<(), String> {
+        let fits = match (of.as_str(), of.as_object().and_then(|of| of.iter().next())) {
+            (Some("integer"), _) => value.is_i64() || value.is_u64(),
+            (Some("number"), _) => value.is_number(),
+            (Some("boolean"), _) => value.is_boolean(),
+            (Some("string" | "base64"), _) => value.is_string(),
+            (_, Some((kind, of))) => match (kind.as_str(), of, value) {
+                ("enum", Value::Array(words), word) => words.contains(word),
+                ("any-of", Value::Array(types), value) => types.iter().any(|of| check(of, value).is_ok()),
+                ("array", of, Value::Array(values)) => {
+                    return values.iter().try_for_each(|value| check(of, value));
+                }
+                ("object", Value::Object(members), Value::Object(object)) => {
+                    return check_members(members, object);
+                }
+                _ => false,
+            },
+            _ => false,
+        };
+        if fits { Ok(()) } else { Err(format!(": {value} is no {of}")) }
+    }
+
+    type Object = serde_json::Map<String, Value>;
+
+    fn check_members(members: &Object, object: &Object) -> Result<(), String> {
+        for (name, of) in members {
+            let (name, is_optional) = name.strip_prefix('*').map_or((&name[..], false), |name| (name, true));
+            match object.get(name) {
+                Some(value) => check(of, value).map_err(|path| format!(".{name}{path}"))?,
+                None if is_optional => {}
+                None => return Err(format!(".{name} is missing")),
+            }
+        }
+        let declared =
+            |name: &&String| members.contains_key(*name) || members.contains_key(&format!("*{name}"));
+        object
+            .keys()
+            .find(|name| !declared(name))
+            .map_or(Ok(()), |name| Err(format!(".{name} is not declared")))
+    }
+
+    #[test]
+    fn facts_are_as_the_schema_document_says() {
+        let output = Command::new(env!("CARGO_BIN_EXE_tarn-agent")).arg("--schema").output().unwrap();
+        let schema: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let agent = Agent::start();
+        let mut client = agent.client();
+        let harmless = ["guest-info", "guest-ping", "guest-fsfreeze-status"];
+        let is_harmless = |name: &str| {
+            name.starts_with("guest-get-")
+                || name.starts_with("guest-network-get-")
+                || harmless.contains(&name)
+        };
+        let mut asked = Vec::new();
+        for command in schema["commands"].as_array().unwrap() {
+            let name = command["name"].as_str().unwrap();
+            if is_harmless(name) {
+                let reply = client.ask(name, &json!({}));
+                match reply.get("return") {
+                    Some(value) => assert_eq!(check(&command["returns"], value), Ok(()), "{name}"),
+                    // A container may lack what a machine has.
+                    None => assert_eq!(reply["error"]["class"], "GenericError", "{name}: {reply}"),
+                }
+                asked.push(name);
+            }
+        }
+        assert!(asked.len() >= 18, "{asked:?}");
+    }
+
+    #[test]
+    fn commands_that_change_the_guest_refuse_what_they_cannot_do_before_they_do_anything() {
+        let agent = Agent::start();
+        let mut client = agent.client();
+        let password =
+            |user: &str, password: &str| json!({"username": user, "password": password, "crypted": false});
+        let keys = |user: &str, key: &str| json!({"username": user, "keys": [key]});
+        for (command, arguments, expected) in [
+            ("guest-set-time", json!({"time": -1}), "Invalid time: Invalid argument"),
+            ("guest-set-vcpus", json!({}), "Parameter 'vcpus' is missing"),
+            (
+                "guest-set-vcpus",
+                json!({"vcpus": [{"logical-id": 0}]}),
+                "Parameter 'vcpus[0].online' is missing",
+            ),
+            (
+                "guest-set-vcpus",
+                json!({"vcpus": [{"logical-id": 99_999, "online": false}]}),
+                "open(\"/sys/devices/system/cpu/cpu99999/\"): No such file or directory",
+            ),
+            (
+                "guest-set-memory-blocks",
+                json!({"mem-blks": [{"phys-index": -1, "online": true}]}),
+                "Parameter 'mem-blks[0].phys-index' expects a non-negative value",
+            ),
+            ("guest-set-user-password", password("root", "%"), "Base64 data contains invalid characters"),
+            ("guest-set-user-password", password("root", "YQpi"), "forbidden characters in raw password"),
+            ("guest-set-user-password", password("a:b", "YQ=="), "forbidden characters in username"),
+            ("guest-ssh-add-authorized-keys", keys("nosuchuser", "#"), "invalid OpenSSH public key: '#'"),
+            (
+                "guest-ssh-add-authorized-keys",
+                keys("nosuchuser", "a"),
+                "failed to lookup user 'nosuchuser': Success",
+            ),
+            (
+                "guest-ssh-remove-authorized-keys",
+                keys("nosuchuser", "a"),
+                "failed to lookup user 'nosuchuser': Success",
+            ),
+            (
+                "guest-ssh-get-authorized-keys",
+                json!({"username": "nosuchuser"}),
+                "failed to lookup user 'nosuchuser': Success",
+            ),
+            (
+                "guest-fstrim",
+                json!({"minimum": "1"}),
+                "Invalid parameter type for 'minimum', expected: integer",
+            ),
+        ] {
+            assert_eq!(client.desc(command, &arguments), expected, "{command} {arguments}");
+        }
+        let nothing = client.result("guest-set-vcpus", &json!({"vcpus": []}));
+        assert_eq!(nothing, 0);
+        let blocks = json!({"mem-blks": [{"phys-index": u64::MAX, "online": true}]});
+        let response = client.result("guest-set-memory-blocks", &blocks);
+        assert_eq!(response, json!([{"phys-index": u64::MAX, "response": "not-found"}]));
+    }
+
     #[test]
     fn an_unknown_way_to_end_is_refused() {
         let agent = Agent::start();

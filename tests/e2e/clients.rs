@@ -16,7 +16,7 @@ use crate::harness::{Lab, Vm, eventually, limit, root, run};
 use crate::payload::Then;
 
 /// A file that `tests/clients/prepare` makes; `None`, loudly, where it has not run.
-fn prepared(file: &str) -> Option<PathBuf> {
+pub fn prepared(file: &str) -> Option<PathBuf> {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     let path = target.join("clients").join(file);
     if path.exists() {

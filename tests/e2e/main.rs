@@ -19,6 +19,7 @@ mod clients;
 mod console;
 mod disks;
 mod freeze;
+mod guest_commands;
 mod harness;
 mod monitor;
 mod ports;

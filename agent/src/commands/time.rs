@@ -10,6 +10,7 @@ use protocol::{Args, Error};
 use rustix::time::{ClockId, Timespec, clock_settime};
 use serde_json::{Value, json};
 
+use super::root::Root;
 use super::{child, failed};
 use crate::guest::Guest;
 use crate::schema::{Command, Run, Type, optional, required};
@@ -25,7 +26,7 @@ pub(crate) const COMMANDS: &[Command] = &[
     .returns(ZONE),
     Command::new(
         "guest-set-time",
-        "Sets the guest's clock to nanoseconds since 1970, or by the hardware clock; the latter follows",
+        "Sets the clock to nanoseconds since 1970, and the hardware clock by it; without a time, the clock by the hardware clock",
         Run::Worker(set_time),
     )
     .takes(&[optional("time", Type::Int)]),
@@ -52,10 +53,18 @@ fn set_time(_: &mut Guest, mut args: Args) -> Result<Value, Error> {
         clock_settime(ClockId::Realtime, time)
             .map_err(|error| failed("Failed to set time to guest", &error.into()))?;
     }
+    if time.is_some() && !has_hardware_clock(&Root::guest()) {
+        // A microVM: there is nothing to keep in step, and the clock is set.
+        return Ok(json!({}));
+    }
     let direction = if time.is_some() { "-w" } else { "-s" };
     let mut hwclock = process::Command::new("/sbin/hwclock");
     child::succeed(hwclock.arg(direction).stdin(Stdio::null()), "set hardware clock to system time")?;
     Ok(json!({}))
+}
+
+fn has_hardware_clock(root: &Root) -> bool {
+    root.names("/sys/class/rtc").is_ok_and(|clocks| !clocks.is_empty())
 }
 
 /// A time to set the clock to.
@@ -114,6 +123,17 @@ mod tests {
         for time in [-1, 3_155_760_000 * SECOND, i64::MIN, i64::MAX] {
             assert_eq!(timespec(time).unwrap_err().desc, "Invalid time: Invalid argument", "{time}");
         }
+    }
+
+    #[test]
+    fn a_machine_may_have_no_hardware_clock() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = Root::at(directory.path());
+        assert!(!has_hardware_clock(&root));
+        std::fs::create_dir_all(root.join("/sys/class/rtc")).unwrap();
+        assert!(!has_hardware_clock(&root));
+        std::fs::create_dir(root.join("/sys/class/rtc/rtc0")).unwrap();
+        assert!(has_hardware_clock(&root));
     }
 
     #[test]
