@@ -6,34 +6,22 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use coordinator::GuestSession;
-use protocol::Map;
 use serde_json::{Value, json};
 
 use crate::clients::prepared;
+use crate::freeze::{ask, refusal};
 use crate::harness::{Lab, Vm, limit};
 
 /// The port of Debian's agent.
 const PORT: &str = "org.debian.guest_agent";
 
-/// One agent.
-struct Agent(GuestSession);
+fn get(agent: &mut GuestSession, command: &str) -> Value {
+    ask(agent, command, &Value::Null)
+}
 
-impl Agent {
-    fn try_ask(&mut self, command: &str, arguments: &Value) -> Result<Value, String> {
-        let arguments = arguments.as_object().cloned().map(Map::from_iter);
-        self.0.execute(command, arguments, limit()).map_err(|error| match error.refusal() {
-            Some(refusal) => refusal.desc.clone(),
-            None => panic!("{command}: {error}"),
-        })
-    }
-
-    fn ask(&mut self, command: &str, arguments: &Value) -> Value {
-        self.try_ask(command, arguments).unwrap_or_else(|error| panic!("{command} {arguments}: {error}"))
-    }
-
-    fn get(&mut self, command: &str) -> Value {
-        self.ask(command, &json!({}))
-    }
+/// The text of a refusal.
+fn refused(agent: &mut GuestSession, command: &str, arguments: &Value) -> String {
+    refusal(agent, command, arguments).1
 }
 
 #[test]
@@ -50,7 +38,7 @@ fn the_agent_knows_and_changes_its_machine_and_debians_agrees() {
         args.extend(["--initrd", overlay.to_str().unwrap()]);
     }
     let mut vm = lab.boot("facts", &args);
-    let mut agent = Agent(vm.agent());
+    let mut agent = vm.agent();
 
     processors_go_and_come(&mut vm, &mut agent);
     interfaces_and_routes_are_told(&mut vm, &mut agent);
@@ -64,7 +52,7 @@ fn the_agent_knows_and_changes_its_machine_and_debians_agrees() {
         vm.sh(&program);
         let mut debians = GuestSession::connect(&socket).unwrap();
         debians.wait_for_agent(limit()).unwrap();
-        both_say_the_same(&mut agent, &mut Agent(debians));
+        both_say_the_same(&mut agent, &mut debians);
     }
     what_is_free_is_given_back(&mut vm, &mut agent, || fs::metadata(&image).unwrap().blocks());
     memory_blocks_say_what_becomes_of_them(&mut vm, &mut agent);
@@ -74,26 +62,26 @@ fn the_agent_knows_and_changes_its_machine_and_debians_agrees() {
     vm.power_off();
 }
 
-fn processors_go_and_come(vm: &mut Vm<'_>, agent: &mut Agent) {
+fn processors_go_and_come(vm: &mut Vm<'_>, agent: &mut GuestSession) {
     let vcpu = |number, online, can_offline| json!({"logical-id": number, "online": online, "can-offline": can_offline});
-    assert_eq!(agent.get("guest-get-vcpus"), json!([vcpu(0, true, false), vcpu(1, true, true)]));
+    assert_eq!(get(agent, "guest-get-vcpus"), json!([vcpu(0, true, false), vcpu(1, true, true)]));
     let set = |number, online| json!({"vcpus": [{"logical-id": number, "online": online}]});
-    assert_eq!(agent.ask("guest-set-vcpus", &set(1, false)), 1);
-    assert_eq!(agent.get("guest-get-vcpus")[1], vcpu(1, false, true));
+    assert_eq!(ask(agent, "guest-set-vcpus", &set(1, false)), 1);
+    assert_eq!(get(agent, "guest-get-vcpus")[1], vcpu(1, false, true));
     assert_eq!(vm.sh("cat /sys/devices/system/cpu/online"), "0");
-    assert_eq!(agent.get("guest-get-cpustats").as_array().unwrap().len(), 1);
-    assert_eq!(agent.ask("guest-set-vcpus", &set(1, true)), 1);
+    assert_eq!(get(agent, "guest-get-cpustats").as_array().unwrap().len(), 1);
+    assert_eq!(ask(agent, "guest-set-vcpus", &set(1, true)), 1);
     assert_eq!(vm.sh("cat /sys/devices/system/cpu/online"), "0-1");
-    let refused = agent.try_ask("guest-set-vcpus", &set(0, false)).unwrap_err();
-    assert_eq!(refused, "logical processor #0 can't be offlined");
+    let text = refused(agent, "guest-set-vcpus", &set(0, false));
+    assert_eq!(text, "logical processor #0 can't be offlined");
 }
 
-fn interfaces_and_routes_are_told(vm: &mut Vm<'_>, agent: &mut Agent) {
+fn interfaces_and_routes_are_told(vm: &mut Vm<'_>, agent: &mut GuestSession) {
     vm.sh(
         "ip link set lo up; ip addr add 192.0.2.7/24 dev lo label lo:1; ip -6 addr add fd00::7/64 dev lo; \
         ip route add 198.51.100.0/24 via 192.0.2.1",
     );
-    let interfaces = agent.get("guest-network-get-interfaces");
+    let interfaces = get(agent, "guest-network-get-interfaces");
     let named = |name: &str| {
         let found = interfaces.as_array().unwrap().iter().find(|interface| interface["name"] == name);
         found.unwrap_or_else(|| panic!("no {name}: {interfaces}")).clone()
@@ -107,11 +95,11 @@ fn interfaces_and_routes_are_told(vm: &mut Vm<'_>, agent: &mut Agent) {
     }
     let counted = || lo["statistics"]["rx-bytes"].as_u64().unwrap();
     vm.sh("ping -c 1 127.0.0.1");
-    let again = agent.get("guest-network-get-interfaces");
+    let again = get(agent, "guest-network-get-interfaces");
     assert!(again[0]["statistics"]["rx-bytes"].as_u64().unwrap() > counted(), "{again}");
     assert_eq!(named("lo:1")["ip-addresses"][0]["ip-address"], "192.0.2.7");
 
-    let routes = agent.get("guest-network-get-route");
+    let routes = get(agent, "guest-network-get-route");
     let to = |destination: &str| {
         let found = routes.as_array().unwrap().iter().find(|route| route["destination"] == destination);
         found.unwrap_or_else(|| panic!("no route to {destination}: {routes}")).clone()
@@ -126,8 +114,8 @@ fn interfaces_and_routes_are_told(vm: &mut Vm<'_>, agent: &mut Agent) {
     assert!((1 << 31..1 << 32).contains(&flags), "{flags:#x}");
 }
 
-fn filesystems_and_disks_are_told(vm: &mut Vm<'_>, agent: &mut Agent) {
-    let filesystems = agent.get("guest-get-fsinfo");
+fn filesystems_and_disks_are_told(vm: &mut Vm<'_>, agent: &mut GuestSession) {
+    let filesystems = get(agent, "guest-get-fsinfo");
     let [filesystem] = filesystems.as_array().unwrap().as_slice() else {
         panic!("/data is the only one: {filesystems}")
     };
@@ -142,23 +130,23 @@ fn filesystems_and_disks_are_told(vm: &mut Vm<'_>, agent: &mut Agent) {
     assert_eq!(filesystem["total-bytes-privileged"], blocks * size);
     assert_eq!(filesystem["used-bytes"], (blocks - free) * size);
     assert_eq!(filesystem["total-bytes"], (blocks - free + available) * size);
-    let disks = agent.get("guest-get-disks");
+    let disks = get(agent, "guest-get-disks");
     let expected = json!({"name": "/dev/vda", "partition": false, "dependencies": [], "address": address});
     assert!(disks.as_array().unwrap().contains(&expected), "{disks}");
 }
 
-fn counters_count(agent: &mut Agent) {
-    assert_eq!(agent.get("guest-get-cpustats").as_array().unwrap().len(), 2);
-    let disks = agent.get("guest-get-diskstats");
+fn counters_count(agent: &mut GuestSession) {
+    assert_eq!(get(agent, "guest-get-cpustats").as_array().unwrap().len(), 2);
+    let disks = get(agent, "guest-get-diskstats");
     let vda = disks.as_array().unwrap().iter().find(|disk| disk["name"] == "vda").unwrap();
     assert!(vda["stats"]["read-ios"].as_u64().unwrap() > 0, "{vda}");
-    assert!(agent.get("guest-get-load")["load1m"].as_f64().unwrap() >= 0.0);
-    assert_eq!(agent.get("guest-get-users"), json!([]));
-    assert_eq!(agent.get("guest-get-timezone"), json!({"zone": "UTC", "offset": 0}));
+    assert!(get(agent, "guest-get-load")["load1m"].as_f64().unwrap() >= 0.0);
+    assert_eq!(get(agent, "guest-get-users"), json!([]));
+    assert_eq!(get(agent, "guest-get-timezone"), json!({"zone": "UTC", "offset": 0}));
 }
 
 /// The reference's members are all there, with values of the same kind; what does not change is equal.
-fn both_say_the_same(ours: &mut Agent, debians: &mut Agent) {
+fn both_say_the_same(ours: &mut GuestSession, debians: &mut GuestSession) {
     for command in [
         "guest-get-fsinfo",
         "guest-get-disks",
@@ -175,15 +163,7 @@ fn both_say_the_same(ours: &mut Agent, debians: &mut Agent) {
         "guest-fsfreeze-status",
         "guest-get-time",
     ] {
-        let (mut ours, mut theirs) =
-            match (ours.try_ask(command, &json!({})), debians.try_ask(command, &json!({}))) {
-                (Ok(ours), Ok(theirs)) => (ours, theirs),
-                (Err(ours), Err(theirs)) => {
-                    assert_eq!(ours, theirs, "{command}");
-                    continue;
-                }
-                (ours, theirs) => panic!("{command}: {ours:?}, and Debian's says {theirs:?}"),
-            };
+        let (mut ours, mut theirs) = (get(ours, command), get(debians, command));
         for value in [&mut ours, &mut theirs] {
             sort(value);
         }
@@ -233,11 +213,11 @@ fn includes(ours: &Value, theirs: &Value, path: &str) {
     }
 }
 
-fn what_is_free_is_given_back(vm: &mut Vm<'_>, agent: &mut Agent, blocks: impl Fn() -> u64) {
+fn what_is_free_is_given_back(vm: &mut Vm<'_>, agent: &mut GuestSession, blocks: impl Fn() -> u64) {
     vm.sh("dd if=/dev/urandom of=/data/junk bs=1M count=64 2>/dev/null && sync");
     let full = blocks();
     vm.sh("rm /data/junk && sync");
-    let trimmed = agent.get("guest-fstrim");
+    let trimmed = get(agent, "guest-fstrim");
     let [path] = trimmed["paths"].as_array().unwrap().as_slice() else { panic!("{trimmed}") };
     assert_eq!(path["path"], "/data");
     assert!(path["trimmed"].as_u64().unwrap() >= 64 << 20, "{trimmed}");
@@ -246,17 +226,17 @@ fn what_is_free_is_given_back(vm: &mut Vm<'_>, agent: &mut Agent, blocks: impl F
     assert!(empty + (48 << 20) < full, "the image shrinks: {full} to {empty}");
 }
 
-fn memory_blocks_say_what_becomes_of_them(vm: &mut Vm<'_>, agent: &mut Agent) {
-    let blocks = agent.get("guest-get-memory-blocks");
+fn memory_blocks_say_what_becomes_of_them(vm: &mut Vm<'_>, agent: &mut GuestSession) {
+    let blocks = get(agent, "guest-get-memory-blocks");
     let Some(last) = blocks.as_array().unwrap().last() else {
-        return assert!(agent.try_ask("guest-get-memory-block-info", &json!({})).is_err());
+        return drop(refused(agent, "guest-get-memory-block-info", &Value::Null));
     };
-    let size = agent.get("guest-get-memory-block-info")["size"].as_u64().unwrap();
+    let size = get(agent, "guest-get-memory-block-info")["size"].as_u64().unwrap();
     assert!(size.is_power_of_two() && size >= 1 << 20, "{size}");
     // The kernel may be unable to move what is in it: then it says why, and the state stays.
     let index = last["phys-index"].as_u64().unwrap();
     let set = |online| json!({"mem-blks": [{"phys-index": index, "online": online}]});
-    let response = agent.ask("guest-set-memory-blocks", &set(false))[0].clone();
+    let response = ask(agent, "guest-set-memory-blocks", &set(false))[0].clone();
     let state = vm.sh(&format!("cat /sys/devices/system/memory/memory{index}/state"));
     match response["response"].as_str().unwrap() {
         "success" => assert_eq!(state, "offline"),
@@ -266,56 +246,56 @@ fn memory_blocks_say_what_becomes_of_them(vm: &mut Vm<'_>, agent: &mut Agent) {
         }
         other => panic!("{other}"),
     }
-    let response = agent.ask("guest-set-memory-blocks", &set(true));
+    let response = ask(agent, "guest-set-memory-blocks", &set(true));
     assert_eq!(response, json!([{"phys-index": index, "response": "success"}]));
 }
 
-fn keys_are_the_users(vm: &mut Vm<'_>, agent: &mut Agent) {
+fn keys_are_the_users(vm: &mut Vm<'_>, agent: &mut GuestSession) {
     vm.sh("echo 'ann:x:1000:1001:Ann:/data/ann:/bin/sh' >>/etc/passwd; mkdir /data/ann; chown 1000:1001 /data/ann");
     let keys = |keys: &[&str]| json!({"username": "ann", "keys": keys});
-    agent.ask("guest-ssh-add-authorized-keys", &keys(&["ssh-ed25519 AAAA one", "ssh-ed25519 BBBB two"]));
+    ask(agent, "guest-ssh-add-authorized-keys", &keys(&["ssh-ed25519 AAAA one", "ssh-ed25519 BBBB two"]));
     let modes = vm.sh("stat -c '%u %g %a' /data/ann/.ssh /data/ann/.ssh/authorized_keys");
     assert_eq!(modes, "1000 1001 700\n1000 1001 600");
-    agent.ask("guest-ssh-remove-authorized-keys", &keys(&["ssh-ed25519 AAAA one"]));
-    let left = agent.ask("guest-ssh-get-authorized-keys", &json!({"username": "ann"}));
+    ask(agent, "guest-ssh-remove-authorized-keys", &keys(&["ssh-ed25519 AAAA one"]));
+    let left = ask(agent, "guest-ssh-get-authorized-keys", &json!({"username": "ann"}));
     assert_eq!(left, json!({"keys": ["ssh-ed25519 BBBB two"]}));
     // What ann turns into a link leads to nobody else's file.
     vm.sh("echo secret >/data/secret; ln -sf /data/secret /data/ann/.ssh/authorized_keys");
-    let refused = agent.try_ask("guest-ssh-get-authorized-keys", &json!({"username": "ann"})).unwrap_err();
-    assert!(refused.starts_with("failed to read '/data/ann/.ssh/authorized_keys'"), "{refused}");
+    let text = refused(agent, "guest-ssh-get-authorized-keys", &json!({"username": "ann"}));
+    assert!(text.starts_with("failed to read '/data/ann/.ssh/authorized_keys'"), "{text}");
     let mut replaced = keys(&["ssh-ed25519 CCCC three"]);
     replaced["reset"] = true.into();
-    agent.ask("guest-ssh-add-authorized-keys", &replaced);
+    ask(agent, "guest-ssh-add-authorized-keys", &replaced);
     assert_eq!(vm.sh("cat /data/secret /data/ann/.ssh/authorized_keys"), "secret\nssh-ed25519 CCCC three");
 }
 
 /// The guest image has no chpasswd: a script in its place shows what it would get.
-fn passwords_go_to_chpasswd(vm: &mut Vm<'_>, agent: &mut Agent) {
+fn passwords_go_to_chpasswd(vm: &mut Vm<'_>, agent: &mut GuestSession) {
     let password = json!({"username": "ann", "password": "czNjcmV0", "crypted": false});
-    let refused = agent.try_ask("guest-set-user-password", &password).unwrap_err();
-    assert_eq!(refused, "child process has failed to set user password: No such file or directory");
+    let text = refused(agent, "guest-set-user-password", &password);
+    assert_eq!(text, "child process has failed to set user password: No such file or directory");
     let becomes = |vm: &mut Vm<'_>, body: &str| {
         vm.sh(&format!("(echo '#!/bin/sh'; echo '{body}') >/usr/sbin/chpasswd; chmod +x /usr/sbin/chpasswd"));
     };
     becomes(vm, "(echo \"options: $*\"; cat) >/run/given");
-    agent.ask("guest-set-user-password", &password);
+    ask(agent, "guest-set-user-password", &password);
     assert_eq!(vm.sh("cat /run/given"), "options: \nann:s3cret");
     let crypted = json!({"username": "ann", "password": "JDYk", "crypted": true});
-    agent.ask("guest-set-user-password", &crypted);
+    ask(agent, "guest-set-user-password", &crypted);
     assert_eq!(vm.sh("cat /run/given"), "options: -e\nann:$6$");
     becomes(vm, "echo cannot >&2; exit 1");
-    let refused = agent.try_ask("guest-set-user-password", &password).unwrap_err();
-    assert_eq!(refused, "child process has failed to set user password: cannot\n");
+    let text = refused(agent, "guest-set-user-password", &password);
+    assert_eq!(text, "child process has failed to set user password: cannot\n");
 }
 
-fn the_clock_is_set(vm: &mut Vm<'_>, agent: &mut Agent) {
+fn the_clock_is_set(vm: &mut Vm<'_>, agent: &mut GuestSession) {
     const SECOND: i64 = 1_000_000_000;
     let time = 2_000_000_000 * SECOND;
-    agent.ask("guest-set-time", &json!({"time": time}));
-    let now = agent.get("guest-get-time").as_i64().unwrap();
+    ask(agent, "guest-set-time", &json!({"time": time}));
+    let now = get(agent, "guest-get-time").as_i64().unwrap();
     let passed = now - time;
     assert!(passed >= 0 && passed < i64::try_from(limit().as_nanos()).unwrap(), "{passed} ns later");
     assert_eq!(vm.sh("date +%Y"), "2033");
-    let refused = agent.try_ask("guest-set-time", &json!({"time": 3_200_000_000 * SECOND})).unwrap_err();
-    assert_eq!(refused, "Invalid time: Invalid argument");
+    let text = refused(agent, "guest-set-time", &json!({"time": 3_200_000_000 * SECOND}));
+    assert_eq!(text, "Invalid time: Invalid argument");
 }

@@ -35,7 +35,7 @@ impl<'a> Qemu<'a> {
             .args(["-chardev", &format!("socket,id=agent,server=on,wait=off,path={}", path("agent.sock"))]);
         command.args(["-device", PORT]);
         command.args(["-drive", &format!("if=none,id=data,format=raw,file={}", disk.display())]);
-        command.args(["-device", "virtio-blk-pci,drive=data"]);
+        command.args(["-device", "virtio-blk-pci,drive=data,addr=5,serial=precious"]);
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", path("qmp.sock"))]);
         let child = command
             .stdin(Stdio::null())
@@ -116,6 +116,13 @@ fn it_tells_about_itself(agent: &mut GuestSession) {
     assert_eq!(os["machine"], "x86_64");
     assert!(os["kernel-release"].as_str().unwrap().contains("cloud-amd64"), "{os}");
     assert_eq!(refusal(agent, "guest-no-such", &Value::Null).0, "CommandNotFound");
+    let address = json!({"bus-type": "virtio", "bus": 0, "target": 0, "unit": 0, "serial": "precious",
+        "dev": "/dev/vda", "pci-controller": {"domain": 0, "bus": 0, "slot": 5, "function": 0}});
+    assert_eq!(ask(agent, "guest-get-fsinfo", &Value::Null)[0]["disk"], json!([address]));
+    // This machine has a hardware clock, which follows the system's.
+    assert_eq!(ask(agent, "guest-set-time", &json!({"time": 2_000_000_000_000_000_000_i64})), json!({}));
+    assert_eq!(ask(agent, "guest-set-time", &Value::Null), json!({}));
+    assert_eq!(shell(agent, "date +%Y").unwrap(), (0, "2033\n".into()));
 }
 
 fn it_runs_programs_and_copies_files(agent: &mut GuestSession) {

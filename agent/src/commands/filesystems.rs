@@ -9,9 +9,9 @@ use rustix::fs::{StatVfs, fstatvfs};
 use serde_json::{Value, json};
 
 use super::disk_address::{BlockDevice, DISK_ADDRESS};
+use super::errno_text;
 use super::root::Root;
-use super::{errno_text, failed};
-use crate::freeze::{Kernel, Linux, Superblock, survey};
+use crate::freeze::{Engine, Kernel, Linux, Superblock};
 use crate::guest::Guest;
 use crate::schema::{Command, Run, Type, optional, required};
 
@@ -68,23 +68,21 @@ struct Range {
 fn get_fsinfo(_: &mut Guest, args: Args) -> Result<Value, Error> {
     args.finish()?;
     let root = Root::guest();
-    let (text, superblocks) = mounted()?;
     let info = |superblock: &Superblock| {
         let usage = open(superblock).and_then(|directory| Ok(fstatvfs(directory)?)).ok();
-        filesystem(&root, superblock, &text, usage.as_ref())
+        filesystem(&root, superblock, usage.as_ref())
     };
-    Ok(superblocks.iter().map(info).collect())
+    Ok(mounted()?.iter().map(info).collect())
 }
 
-/// `/proc/self/mountinfo`, and the filesystems on block devices in it.
-fn mounted() -> Result<(Vec<u8>, Vec<Superblock>), Error> {
-    let what = "failed to open /proc/self/mountinfo";
-    let text = Linux.mountinfo().map_err(|error| failed(what, &error))?;
-    let superblocks = survey(&text, |path| Linux.block_device(path)).superblocks;
-    Ok((text, superblocks))
+/// The filesystems on block devices.
+fn mounted() -> Result<Vec<Superblock>, Error> {
+    let survey = Engine::new(Linux).survey().map_err(|error| Error::generic(error.text()))?;
+    Ok(survey.superblocks)
 }
 
-/// By whichever of its mounts can be reached; the error is the first one's.
+/// By whichever of its mounts can be reached; the error is the first one's. One that is hidden is left
+/// alone: what is asked here is worth no more.
 fn open(superblock: &Superblock) -> io::Result<OwnedFd> {
     let mut failure = None;
     for mount in superblock.mounts() {
@@ -98,17 +96,16 @@ fn open(superblock: &Superblock) -> io::Result<OwnedFd> {
     Err(failure.unwrap_or_else(|| io::ErrorKind::NotFound.into()))
 }
 
-fn filesystem(root: &Root, superblock: &Superblock, mountinfo: &[u8], usage: Option<&StatVfs>) -> Value {
+fn filesystem(root: &Root, superblock: &Superblock, usage: Option<&StatVfs>) -> Value {
     let (major, minor) = superblock.device();
     let number = format!("{major}:{minor}");
     let device = BlockDevice::find(root, format!("/sys/dev/block/{number}"));
     let name = device.as_ref().and_then(BlockDevice::name).unwrap_or(&number);
     let disks = device.as_ref().map(|device| disks_below(root, device)).unwrap_or_default();
-    let kind = superblock.mounts().find_map(|mount| filesystem_type(mountinfo, mount.id));
     let mut info = Map::from_iter([
         ("name".into(), name.into()),
         ("mountpoint".into(), superblock.mountpoint().to_string_lossy().into()),
-        ("type".into(), kind.unwrap_or_default().into()),
+        ("type".into(), superblock.fstype().into()),
         ("disk".into(), disks.into()),
     ]);
     if let Some(usage) = usage {
@@ -149,20 +146,10 @@ fn disks_below(root: &Root, device: &BlockDevice) -> Vec<Value> {
     disks
 }
 
-/// The word after the dash in the line of this mount.
-fn filesystem_type(mountinfo: &[u8], mount: u64) -> Option<String> {
-    let number = mount.to_string();
-    let lines = mountinfo.split(|&byte| byte == b'\n');
-    let mut lines = lines.map(|line| line.split(|&byte| byte == b' '));
-    let fields = lines.find_map(|mut fields| (fields.next()? == number.as_bytes()).then_some(fields))?;
-    let kind = fields.skip_while(|&field| field != b"-").nth(1)?;
-    Some(String::from_utf8_lossy(kind).into_owned())
-}
-
 fn fstrim(_: &mut Guest, mut args: Args) -> Result<Value, Error> {
     let minimum = args.optional_int("minimum")?.unwrap_or(0);
     args.finish()?;
-    let (_, superblocks) = mounted()?;
+    let superblocks = mounted()?;
     let path = |superblock: &Superblock| {
         let path = superblock.mountpoint().to_string_lossy();
         let mut result = trimmed(open(superblock), |directory| trim(directory, minimum.cast_unsigned()));
@@ -201,6 +188,7 @@ mod tests {
 
     use super::*;
     use crate::commands::disk_address::tests::Machine;
+    use crate::freeze::survey;
 
     const MOUNTINFO: &[u8] = b"\
 27 22 254:0 / /a rw,relatime - ext4 /dev/vda rw
@@ -211,8 +199,7 @@ mod tests {
 
     fn all(machine: &Machine, usage: Option<&StatVfs>) -> Vec<Value> {
         let superblocks = survey(MOUNTINFO, |_| None).superblocks;
-        let values =
-            superblocks.iter().map(|superblock| filesystem(&machine.root, superblock, MOUNTINFO, usage));
+        let values = superblocks.iter().map(|superblock| filesystem(&machine.root, superblock, usage));
         let values: Vec<Value> = values.collect();
         Type::Array(&FILESYSTEM).check(&values.clone().into()).unwrap();
         values
@@ -267,15 +254,6 @@ mod tests {
         let bytes = |member: &str| value[member].as_u64().unwrap();
         assert!(bytes("used-bytes") <= bytes("total-bytes"));
         assert!(bytes("total-bytes") <= bytes("total-bytes-privileged"));
-    }
-
-    #[test]
-    fn the_type_is_the_mounts_own() {
-        assert_eq!(filesystem_type(MOUNTINFO, 28).as_deref(), Some("xfs"));
-        assert_eq!(filesystem_type(MOUNTINFO, 2), None);
-        for text in [&b""[..], b"28", b"28 1 -", b"28 -", b"2\xFF - x"] {
-            assert_eq!(filesystem_type(text, 28), None);
-        }
     }
 
     #[test]

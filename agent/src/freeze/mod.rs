@@ -49,7 +49,9 @@ pub(crate) use self::engine::{Engine, FreezeError, Kernel};
 pub(crate) use self::hooks::Hooks;
 pub(crate) use self::label::Label;
 pub(crate) use self::linux::Linux;
-pub(crate) use self::mounts::{Superblock, mountpoints, survey};
+#[cfg(test)]
+pub(crate) use self::mounts::survey;
+pub(crate) use self::mounts::{Superblock, mountpoints};
 pub(crate) use self::progress::{Freezing, Phase};
 pub(crate) use self::report::{Cause, REPORT, milliseconds};
 use self::report::{Outcome, Report, Thaw};
