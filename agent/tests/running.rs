@@ -253,13 +253,16 @@ mod tests {
     }
 
     #[test]
-    fn without_dash_d_there_is_no_pid_file() {
+    fn in_the_foreground_there_is_no_pid_file_and_sigint_ends_the_agent() {
         let directory = tempfile::tempdir().unwrap();
         let mut command = agent(directory.path());
         command.args(["-m", "unix-listen", "-p", "sock", "-t", ".", "-f", "pid"]);
-        let _agent = Foreground(command.stderr(Stdio::null()).spawn().unwrap());
+        let mut agent = Foreground(command.stderr(Stdio::null()).spawn().unwrap());
         ping(connect(&directory.path().join("sock")));
         assert!(!directory.path().join("pid").exists());
+        let pid = agent.0.id().to_string();
+        assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+        assert_eq!(agent.0.wait().unwrap().code(), Some(0));
     }
 
     #[test]

@@ -31,6 +31,7 @@ impl<'a> Qemu<'a> {
         command.arg("-initrd").arg(guest_image("initramfs.cpio.zst"));
         command.args(["-append", "console=ttyS0 quiet panic=-1 tarn.mount=/dev/vda:/data:ext4"]);
         command.args(["-serial", "stdio", "-device", "virtio-serial-pci"]);
+        command.args(["-serial", &format!("unix:{},server=on,wait=off", path("line.sock"))]);
         command
             .args(["-chardev", &format!("socket,id=agent,server=on,wait=off,path={}", path("agent.sock"))]);
         command.args(["-device", PORT]);
@@ -59,7 +60,11 @@ impl<'a> Qemu<'a> {
 
     /// A client of the agent; QEMU serves one at a time.
     fn agent(&mut self) -> GuestSession {
-        let path = self.socket("agent.sock");
+        self.agent_at("agent.sock")
+    }
+
+    fn agent_at(&mut self, file: &str) -> GuestSession {
+        let path = self.socket(file);
         // The file is there a moment before anybody listens.
         let mut session = eventually("QEMU to listen", || GuestSession::connect(&path).ok());
         if let Err(error) = session.wait_for_agent(limit()) {
@@ -95,6 +100,7 @@ fn the_agent_serves_under_qemu_as_well() {
     drop(agent);
     it_thaws_when_its_port_is_pulled_out_and_serves_the_next(&mut qemu);
     two_requests_in_one_write_have_adjacent_answers(&mut qemu);
+    another_agent_in_the_background_serves_a_serial_line(&mut qemu);
 
     let mut agent = qemu.agent();
     agent.execute_without_reply("guest-shutdown", None, Duration::from_secs(2)).expect("guest-shutdown");
@@ -180,4 +186,21 @@ fn two_requests_in_one_write_have_adjacent_answers(qemu: &mut Qemu<'_>) {
     let mut answer = vec![0; expected.len()];
     client.read_exact(&mut answer).unwrap();
     assert_eq!(answer, expected, "{}", String::from_utf8_lossy(&answer));
+}
+
+fn another_agent_in_the_background_serves_a_serial_line(qemu: &mut Qemu<'_>) {
+    let start = "mkdir /run/line && tarn-agent -d -m isa-serial -p /dev/ttyS1 -t /run/line -f /run/line/pid";
+    // The report comes when nobody holds the shell's output any more: the daemon has let go of it.
+    let (status, text) = shell(&mut qemu.agent(), start).unwrap();
+    assert_eq!(status, 0, "{text}");
+    let mut agent = qemu.agent_at("line.sock");
+    let id = "x".repeat(20_000);
+    assert_eq!(ask(&mut agent, "guest-ping", &json!({})), json!({}));
+    let (_, back) = shell(&mut agent, &format!("echo {id}")).unwrap();
+    assert_eq!(back.trim_end(), id);
+    let (status, text) = shell(&mut qemu.agent(), "kill $(cat /run/line/pid)").unwrap();
+    assert_eq!(status, 0, "{text}");
+    eventually("the end of the other agent", || {
+        (shell(&mut qemu.agent(), "test -e /run/line/pid").unwrap().0 == 1).then_some(())
+    });
 }
