@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use coordinator::GuestSession;
 use serde_json::{Value, json};
@@ -31,8 +31,19 @@ fn the_agent_knows_and_changes_its_machine_and_debians_agrees() {
     let socket = lab.path("debian.sock");
     let disk = format!("{},serial=precious", image.display());
     let channel = format!("name={PORT},socket={}", socket.display());
-    let mut args =
-        vec!["--cpus", "2", "--disk", &disk, "--mount", "/dev/vda:/data:ext4", "--channel", &channel];
+    let parts = partitioned(&lab);
+    let mut args = vec![
+        "--cpus",
+        "2",
+        "--disk",
+        &disk,
+        "--disk",
+        &parts,
+        "--mount",
+        "/dev/vda:/data:ext4",
+        "--channel",
+        &channel,
+    ];
     let overlay = prepared("qemu-ga.cpio");
     if let Some(overlay) = &overlay {
         args.extend(["--initrd", overlay.to_str().unwrap()]);
@@ -43,6 +54,7 @@ fn the_agent_knows_and_changes_its_machine_and_debians_agrees() {
     processors_go_and_come(&mut vm, &mut agent);
     interfaces_and_routes_are_told(&mut vm, &mut agent);
     filesystems_and_disks_are_told(&mut vm, &mut agent);
+    partitions_and_loop_devices_are_told(&mut vm, &mut agent);
     counters_count(&mut agent);
     if overlay.is_some() {
         let program = format!(
@@ -54,12 +66,29 @@ fn the_agent_knows_and_changes_its_machine_and_debians_agrees() {
         debians.wait_for_agent(limit()).unwrap();
         both_say_the_same(&mut agent, &mut debians);
     }
+    vm.sh("umount /loop && losetup -d /dev/loop0 && umount /part");
     what_is_free_is_given_back(&mut vm, &mut agent, || fs::metadata(&image).unwrap().blocks());
     memory_blocks_say_what_becomes_of_them(&mut vm, &mut agent);
     keys_are_the_users(&mut vm, &mut agent);
     passwords_go_to_chpasswd(&mut vm, &mut agent);
     the_clock_is_set(&mut vm, &mut agent);
     vm.power_off();
+}
+
+/// The argument for a disk with one partition, and in it a filesystem.
+fn partitioned(lab: &Lab) -> String {
+    const START: u64 = 1 << 20;
+    const SIZE: u64 = 16 << 20;
+    let content = fs::read(lab.ext4("part.raw", SIZE)).unwrap();
+    let image = lab.image("parts.raw", START + SIZE);
+    let file = fs::OpenOptions::new().write(true).open(&image).unwrap();
+    file.write_all_at(&content, START).unwrap();
+    // A master boot record: type 0x83, then the first sector and the number of sectors.
+    let sectors = |bytes: u64| u32::try_from(bytes / 512).unwrap().to_le_bytes();
+    let entry = [&[0, 0, 0, 0, 0x83, 0, 0, 0][..], &sectors(START), &sectors(SIZE)].concat();
+    file.write_all_at(&entry, 446).unwrap();
+    file.write_all_at(&[0x55, 0xAA], 510).unwrap();
+    format!("{},serial=in-parts", image.display())
 }
 
 fn processors_go_and_come(vm: &mut Vm<'_>, agent: &mut GuestSession) {
@@ -133,6 +162,28 @@ fn filesystems_and_disks_are_told(vm: &mut Vm<'_>, agent: &mut GuestSession) {
     let disks = get(agent, "guest-get-disks");
     let expected = json!({"name": "/dev/vda", "partition": false, "dependencies": [], "address": address});
     assert!(disks.as_array().unwrap().contains(&expected), "{disks}");
+}
+
+/// Leaves both mounted.
+fn partitions_and_loop_devices_are_told(vm: &mut Vm<'_>, agent: &mut GuestSession) {
+    vm.sh("dd if=/dev/vdb1 of=/data/inner bs=1M 2>/dev/null && mkdir /part /loop && mount -t ext4 /dev/vdb1 /part \
+        && modprobe loop && losetup /dev/loop0 /data/inner && mount -t ext4 /dev/loop0 /loop");
+    let filesystems = get(agent, "guest-get-fsinfo");
+    let on = |mountpoint: &str| {
+        let found = filesystems.as_array().unwrap().iter().find(|info| info["mountpoint"] == mountpoint);
+        found.unwrap_or_else(|| panic!("no {mountpoint}: {filesystems}")).clone()
+    };
+    let part = on("/part");
+    assert_eq!((&part["name"], &part["disk"][0]["dev"]), (&json!("vdb1"), &json!("/dev/vdb1")));
+    assert_eq!(part["disk"][0]["serial"], "in-parts");
+    assert_eq!((&on("/loop")["name"], &on("/loop")["disk"]), (&json!("loop0"), &json!([])));
+    let disks = get(agent, "guest-get-disks");
+    for expected in [
+        json!({"name": "/dev/vdb1", "partition": true, "dependencies": ["/dev/vdb"]}),
+        json!({"name": "/dev/loop0", "partition": false, "dependencies": []}),
+    ] {
+        assert!(disks.as_array().unwrap().contains(&expected), "{disks}");
+    }
 }
 
 fn counters_count(agent: &mut GuestSession) {

@@ -124,19 +124,23 @@ impl BlockDevice {
 
     /// udev's idea of the serial number, where there is udev, and the kernel's where not.
     fn serial(&self, root: &Root) -> Option<String> {
-        self.serial_by_udev(root).or_else(|| {
-            let is_partition = root.has(self.path.join("partition"));
-            let disk = if is_partition { self.path.parent()? } else { &self.path };
-            let kernels = ["serial", "device/serial"].iter().find_map(|file| root.line(disk.join(file)));
-            kernels.or_else(|| unit_serial_number(&root.read(disk.join("device/vpd_pg80")).ok()?))
-        })
+        let serial = self.serial_by_udev(root).or_else(|| self.serial_by_kernel(root))?;
+        Some(serial.chars().take(SERIAL).collect())
     }
 
     fn serial_by_udev(&self, root: &Root) -> Option<String> {
         let number = root.line(self.path.join("dev"))?;
         let record = root.text(format!("/run/udev/data/b{number}")).ok()?;
         let serial = record.lines().find_map(|line| line.strip_prefix("E:ID_SERIAL="))?;
-        (!serial.is_empty()).then(|| serial.chars().take(SERIAL).collect())
+        (!serial.is_empty()).then(|| serial.to_owned())
+    }
+
+    /// The disk's, for a partition as well.
+    fn serial_by_kernel(&self, root: &Root) -> Option<String> {
+        let is_partition = root.has(self.path.join("partition"));
+        let disk = if is_partition { self.path.parent()? } else { &self.path };
+        let plain = ["serial", "device/serial"].iter().find_map(|file| root.line(disk.join(file)));
+        plain.or_else(|| unit_serial_number(&root.read(disk.join("device/vpd_pg80")).ok()?))
     }
 }
 
@@ -144,7 +148,7 @@ impl BlockDevice {
 fn unit_serial_number(page: &[u8]) -> Option<String> {
     let length = usize::from(u16::from_be_bytes(page.get(2..4)?.try_into().ok()?));
     let text = page.get(4..)?;
-    let text = String::from_utf8_lossy(&text[..length.min(text.len()).min(SERIAL)]);
+    let text = String::from_utf8_lossy(&text[..length.min(text.len())]);
     let text = text.trim_matches(|c: char| c.is_whitespace() || c == '\0');
     (!text.is_empty()).then(|| text.to_owned())
 }
@@ -388,8 +392,16 @@ pub(super) mod tests {
         for page in [&b""[..], b"\0\x80\0", b"\0\x80\0\x04", b"\0\x80\0\x02  ", b"\0\x80\0\0abc"] {
             assert_eq!(unit_serial_number(page), None);
         }
-        let long = [&b"\0\x80\xFF\xFF"[..], &[0xFF; 4096]].concat();
-        assert_eq!(unit_serial_number(&long).unwrap().chars().count(), SERIAL);
+        let long = [&b"\0\x80\xFF\xFF"[..], &[0xFF; 70_000]].concat();
+        assert_eq!(unit_serial_number(&long).unwrap().chars().count(), usize::from(u16::MAX));
+    }
+
+    #[test]
+    fn a_serial_number_has_an_end() {
+        let machine = Machine::new();
+        let serial = "é".repeat(5000);
+        machine.device("/sys/devices/LNRO0005:00/virtio0/block/vda", "254:0", &[("serial", &serial)]);
+        assert_eq!(machine.address("254:0")["serial"].as_str().unwrap().chars().count(), SERIAL);
     }
 
     #[test]
