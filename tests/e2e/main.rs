@@ -13,6 +13,7 @@
 mod payload;
 
 mod bad_input;
+mod beside;
 mod boot;
 mod cli;
 mod clients;
