@@ -122,9 +122,9 @@ fn a_guest_that_sleeps_wakes_up_with_its_disks_its_ports_and_all_its_vcpus() {
         assert!(image == std::fs::read(&disk).unwrap(), "the disk changed under a sleeping guest");
         wake_up(&lab, &mut monitor);
         awaken(&mut vm, &mut monitor);
+        assert_eq!(vm.sh("cat /proc/sys/kernel/random/boot_id; nproc"), format!("{boot_id}\n2"));
         echo.expect(&format!("while asleep {round}"));
         it_counts_on(&mut vm);
-        assert_eq!(vm.sh("cat /proc/sys/kernel/random/boot_id; nproc"), format!("{boot_id}\n2"));
     }
     // Its clocks went on, and nobody was taken for stuck; the button that woke it did not switch it off.
     let now: f64 = vm.sh("cut -d ' ' -f 1 /proc/uptime").parse().unwrap();

@@ -32,7 +32,9 @@ impl Stand {
         let (stand, dir) = Self::without_sockets();
         serve(&dir.monitor_socket(), &["QMP"], move || {
             move |command: &str, _: &Value| match command {
-                "qmp_capabilities" | "cont" => Ok(json!({})),
+                "qmp_capabilities" => Ok(json!({})),
+                "cont" if state != "suspended" => Ok(json!({})),
+                "system_wakeup" if state == "suspended" => Ok(json!({})),
                 "stop" => Err("The disk does not come to rest"),
                 "query-status" => Ok(json!({"status": state, "running": state == "running"})),
                 "query-big" => Ok(json!("x".repeat(1 << 20))),
@@ -376,6 +378,14 @@ fn commands_are_typed_as_words_as_json_and_line_by_line() {
     assert!(output.status.success(), "{output:?}");
     assert!(String::from_utf8(output.stdout).unwrap().contains("paused"));
     assert_eq!(output.stderr, b"tarn: The monitor refused nope: The command has not been found\n");
+}
+
+#[test]
+fn a_sleeping_guest_is_woken_by_resume_and_not_asked_to_stop() {
+    let stand = Stand::start("suspended");
+    assert_eq!(out(&mut stand.tarn("resume vm")), "");
+    let (_, error) = failure(&mut stand.tarn("stop vm"));
+    assert!(error.contains("state suspended") && error.contains("`tarn resume vm` first"), "{error}");
 }
 
 #[test]
