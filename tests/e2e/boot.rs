@@ -1,7 +1,7 @@
 //! Starting, stopping and dying in every way a guest can.
 
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -178,11 +178,16 @@ fn a_long_pause_leaves_no_soft_lockup_behind() {
     let mut vm = lab.boot("sleeps", &["--cpus", "2"]);
     vm.sh("echo 5 >/proc/sys/kernel/watchdog_thresh");
     let mut monitor = vm.monitor();
+    let uptime =
+        |vm: &mut Vm<'_>| -> f64 { vm.sh("cut -d' ' -f1 /proc/uptime").trim().parse().expect("seconds") };
+    let (before, since) = (uptime(&mut vm), Instant::now());
     monitor.run("stop");
     // Longer than twice the threshold: what the watchdog would call a lockup.
     std::thread::sleep(Duration::from_secs(12));
     monitor.run("cont");
     vm.wait_for_agent();
+    let (guest, host) = (uptime(&mut vm) - before, since.elapsed().as_secs_f64());
+    assert!(guest < host - 10.0, "the guest's clock stands still while it is paused: {guest} s of {host} s");
     vm.sh("sleep 2");
     let (_, log) = vm.try_sh("dmesg | grep -i 'soft lockup'");
     assert_eq!(log, "", "KVM_KVMCLOCK_CTRL tells the guest of the pause");

@@ -12,6 +12,10 @@ const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 /// Bit of leaf 1, EDX: the logical processor count in EBX is valid.
 const EDX_HTT: u32 = 1 << 28;
+/// Leaf 0x80000007, EDX: the TSC never stops. It does here, in a sense: it runs on while a paused guest must not see
+/// time pass. Without the bit Linux takes the paravirtual clock, which is stopped with the guest (as in QEMU, whose
+/// default CPU models lack the bit, too).
+const EDX_INVARIANT_TSC: u32 = 1 << 8;
 /// Leaf 7, EDX: asymmetric cores.
 const EDX_HYBRID: u32 = 1 << 15;
 
@@ -44,6 +48,7 @@ pub fn for_vcpu(supported: &CpuId, index: u8, cpus: u8) -> Result<CpuId, BootErr
             0x7 if entry.index == 0 => entry.edx &= !EDX_HYBRID,
             // No performance counters: they would leak and, virtualized, mislead.
             0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            0x8000_0007 => entry.edx &= !EDX_INVARIANT_TSC,
             0x8000_0008 => {
                 entry.ecx = (entry.ecx & !0xf0ff) | (core_bits << 12) | u32::from(cpus - 1);
             }

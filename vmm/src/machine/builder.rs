@@ -147,6 +147,7 @@ pub fn build(parts: &Parts<'_>, kept: Option<&Kept>) -> Result<Machine, MachineE
         doorbells: Doorbells { console: console_doorbells, rng: Arc::clone(&rng_doorbells[0]) },
         memory,
         vm,
+        stopped_at: Mutex::new(None),
     })
 }
 

@@ -34,6 +34,7 @@ use devices::legacy::serial::SerialPort;
 use devices::virtio::console::ConsoleHandle;
 use devices::virtio::mmio::MmioTransport;
 use devices::virtio::rng::RngHandle;
+use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
 use vm_memory::GuestMemoryMmap;
@@ -77,25 +78,42 @@ pub struct Machine {
     /// What the control loop listens to.
     pub doorbells: Doorbells,
     memory: GuestMemoryMmap,
+    /// The paravirtual clock when the vCPUs were stopped, in nanoseconds since the guest booted.
+    stopped_at: Mutex<Option<u64>>,
     vm: VmFd,
 }
 
 impl Machine {
-    /// Stops all vCPUs; acknowledged when it returns.
+    /// Stops all vCPUs; acknowledged when it returns. The guest's clock stands still from then on: what its
+    /// programs wait for, a freeze's lease for one, does not run out while they cannot run.
     ///
     /// # Errors
     ///
     /// One does not answer.
     pub fn pause_vcpus(&self) -> Result<(), VcpuError> {
-        command_all(&self.vcpus, VcpuCommand::Pause)
+        command_all(&self.vcpus, VcpuCommand::Pause)?;
+        let mut stopped_at = self.stopped_at.lock();
+        if stopped_at.is_none() {
+            match self.vm.get_clock() {
+                Ok(clock) => *stopped_at = Some(clock.clock),
+                Err(error) => tracing::warn!(%error, "The guest's clock runs on while it is paused"),
+            }
+        }
+        Ok(())
     }
 
-    /// Lets all vCPUs run.
+    /// Lets all vCPUs run, and the guest's clock go on where it was.
     ///
     /// # Errors
     ///
     /// One does not answer.
     pub fn resume_vcpus(&self) -> Result<(), VcpuError> {
+        if let Some(clock) = self.stopped_at.lock().take() {
+            let clock = kvm_clock_data { clock, ..Default::default() };
+            if let Err(error) = self.vm.set_clock(&clock) {
+                tracing::warn!(%error, "The guest's clock has run on while it was paused");
+            }
+        }
         command_all(&self.vcpus, VcpuCommand::Resume)
     }
 
@@ -111,7 +129,10 @@ impl Machine {
     /// KVM does not tell its clock.
     pub fn keep(&self) -> Result<Option<Kept>, kvm_ioctls::Error> {
         let Some(vector) = wake::vector(&self.memory) else { return Ok(None) };
-        let clock = self.vm.get_clock()?.clock;
+        let clock = match *self.stopped_at.lock() {
+            Some(clock) => clock,
+            None => self.vm.get_clock()?.clock,
+        };
         let power_button = self.power.lock().is_power_button_pending();
         Ok(Some(Kept { memory: self.memory.clone(), vector, clock, power_button }))
     }
