@@ -36,12 +36,13 @@ pub(crate) fn start(path: Option<&Path>, verbose: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Leaves the opening to [`release`]: the filesystem of `path` may be frozen. What comes before [`hold`] goes to
-/// standard error.
+/// Leaves the opening to [`release`] and holds lines until then: the filesystem of `path`, or of standard error, may be
+/// frozen.
 pub(crate) fn start_frozen(path: Option<&Path>, verbose: bool) {
     let mut log = LOG.lock();
     log.deferred = path.map(Path::to_owned);
     log.verbose = verbose;
+    log.held.get_or_insert_default();
 }
 
 fn open(path: &Path) -> io::Result<File> {

@@ -109,8 +109,10 @@ fn run(mut options: Options) -> Result<ExitCode, RunError> {
     if let Some(daemon) = daemon {
         daemon.ready().map_err(RunError::Daemon)?;
     }
-    server.run()?;
-    pidfile::remove();
+    // A filesystem that is still frozen may be the pid file's.
+    if server.run()? {
+        pidfile::remove();
+    }
     Ok(ExitCode::SUCCESS)
 }
 

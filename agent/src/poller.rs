@@ -25,6 +25,8 @@ pub(crate) enum Token {
     Worker,
     /// The watchdog has something to say.
     Watchdog,
+    /// A freeze has begun.
+    Freezing,
     /// The listening socket, or the watch on a port that is absent.
     Waiting,
     Child {
@@ -46,6 +48,7 @@ const CHILD_OUTPUT: u64 = 5;
 const CHILD_ERROR: u64 = 6;
 const WORKER: u64 = 7;
 const WATCHDOG: u64 = 8;
+const FREEZING: u64 = 9;
 /// The kind is below, a child's pid or a peer's seat above.
 const KIND_BITS: u32 = 32;
 
@@ -56,6 +59,7 @@ impl From<Token> for u64 {
             Token::Peer(seat) => Self::from(seat) << KIND_BITS | PEER,
             Token::Worker => WORKER,
             Token::Watchdog => WATCHDOG,
+            Token::Freezing => FREEZING,
             Token::Waiting => WAITING,
             Token::Child { pid, stream } => {
                 let kind = match stream {
@@ -81,6 +85,7 @@ impl TryFrom<u64> for Token {
             PEER => seat.map(Self::Peer).map_err(|_| UnknownToken(data)),
             WORKER => Ok(Self::Worker),
             WATCHDOG => Ok(Self::Watchdog),
+            FREEZING => Ok(Self::Freezing),
             WAITING => Ok(Self::Waiting),
             CHILD_INPUT => Ok(Self::Child { pid, stream: Stream::Input }),
             CHILD_OUTPUT => Ok(Self::Child { pid, stream: Stream::Output }),
@@ -138,6 +143,12 @@ impl Poller {
         self.add(source, token, changes)
     }
 
+    /// Reports `source` no more, even if somebody keeps it open.
+    pub(crate) fn remove(&self, source: impl AsFd) {
+        // It may have left by itself.
+        let _ = epoll::delete(&self.epoll, source);
+    }
+
     fn add(&self, source: impl AsFd, token: Token, flags: EventFlags) -> io::Result<()> {
         Ok(epoll::add(&self.epoll, source, EventData::new_u64(token.into()), flags)?)
     }
@@ -178,6 +189,7 @@ mod tests {
             Token::Peer(u8::MAX),
             Token::Worker,
             Token::Watchdog,
+            Token::Freezing,
             Token::Waiting,
             child(Stream::Input),
             child(Stream::Output),

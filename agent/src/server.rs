@@ -15,6 +15,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use protocol::{Args, Error, Request};
@@ -30,7 +31,7 @@ use crate::poller::{Poller, Ready, Token};
 use crate::schema::{Command, Role, Run};
 use crate::signals::Signals;
 use crate::watchdog::{News, Watchdog};
-use crate::worker::{Finished, Ticket, Worker};
+use crate::worker::{Finished, Pending, Worker};
 use crate::{inheritance, log};
 
 /// Requests of one peer answered before anybody else gets a turn.
@@ -39,8 +40,9 @@ const REQUESTS_PER_TURN: usize = 64;
 const JOBS: usize = 16;
 /// How long the end waits for filesystems to thaw.
 const THAWING: Duration = Duration::from_secs(30);
-/// The lease of a freeze whose client left before it could hear of it.
-const UNHEARD_LEASE: Duration = Duration::from_secs(10);
+/// First and longest pause before another watchdog is started.
+const RESTART_FIRST: Duration = Duration::from_secs(1);
+const RESTART_LONGEST: Duration = Duration::from_secs(60);
 
 /// Why the agent cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -61,20 +63,31 @@ pub(crate) fn start(options: Options, inherited: Option<OwnedFd>) -> Result<Serv
     let signals = Signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGCHLD]).map_err(ServeError::SetUp)?;
     let poller = Rc::new(Poller::new().map_err(ServeError::SetUp)?);
     poller.add_readable(&signals, Token::Signals).map_err(ServeError::SetUp)?;
-    let hooks = Hooks { program: freeze.hook, directory: freeze.hook_dir, timeout: freeze.hook_timeout };
+    let hooks = Hooks::new(freeze.hook, freeze.hook_dir, freeze.hook_timeout).map_err(ServeError::SetUp)?;
     let (watchdog, inheritance) = Watchdog::start(&statedir, hooks.clone()).map_err(ServeError::SetUp)?;
     let watchdog = Arc::new(watchdog);
     poller.add_readable(&*watchdog.socket(), Token::Watchdog).map_err(ServeError::SetUp)?;
     let freezer = Freezer::new(Linux, &statedir, hooks, freeze.lease, (Arc::clone(&watchdog), inheritance));
     let guest = Guest::new(&statedir, freezer.map_err(ServeError::SetUp)?);
     let freezing = Arc::clone(guest.freezer.freezing());
+    poller.add_readable(freezing.begun(), Token::Freezing).map_err(ServeError::SetUp)?;
     let agent = Agent::new(access.clone(), Rc::clone(&poller), freezing, watchdog);
     let worker = Worker::start(guest, access).map_err(ServeError::SetUp)?;
     poller.add_readable(&worker, Token::Worker).map_err(ServeError::SetUp)?;
     let channel = Channel::open(&address, inherited, Rc::clone(&poller)).map_err(ServeError::SetUp)?;
     let sessions = channel.seats().map(|_| Session::default()).collect();
     let freeze_timeout = freeze.timeout;
-    Ok(Server { signals, poller, channel, agent, worker, sessions, freeze_timeout, unfinished: true })
+    Ok(Server {
+        signals,
+        poller,
+        channel,
+        agent,
+        worker,
+        sessions,
+        freeze_timeout,
+        restart: Restart::new(),
+        unfinished: true,
+    })
 }
 
 /// What one peer waits for.
@@ -84,10 +97,12 @@ struct Session {
     busy: Option<Busy>,
     /// The first message behind it.
     ahead: Option<Incoming>,
+    /// It was told of its freeze and may not have read that yet.
+    unheard: bool,
 }
 
 struct Busy {
-    ticket: Ticket,
+    pending: Pending,
     command: &'static Command,
     request: Request,
 }
@@ -115,6 +130,7 @@ pub(crate) struct Server {
     /// The longest a freeze may take.
     freeze_timeout: Option<Duration>,
     // Volatile state.
+    restart: Restart,
     agent: Agent,
     sessions: Vec<Session>,
     /// A peer was left before it said that there is nothing more.
@@ -122,8 +138,8 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Serves until SIGTERM or SIGINT. Filesystems that are still frozen then are thawed first: nobody else would.
-    pub(crate) fn run(mut self) -> Result<(), ServeError> {
+    /// Serves until SIGTERM or SIGINT. Filesystems that are still frozen then are thawed first; whether that worked.
+    pub(crate) fn run(mut self) -> Result<bool, ServeError> {
         log::debug(format_args!("Guest agent {} started", env!("CARGO_PKG_VERSION")));
         loop {
             self.unfinished = false;
@@ -133,8 +149,7 @@ impl Server {
             let events = self.poller.wait(self.limit()).map_err(ServeError::Wait)?;
             for (token, ready) in events {
                 if self.on_event(token, ready) {
-                    self.end();
-                    return Ok(());
+                    return Ok(self.end());
                 }
             }
             if self.channel.retry_at().is_some_and(|at| at <= Instant::now()) {
@@ -142,6 +157,9 @@ impl Server {
             }
             if self.freeze_overdue_at().is_some_and(|at| at <= Instant::now()) {
                 self.cancel_freeze("The freeze took too long");
+            }
+            if self.restart.due.is_some_and(|at| at <= Instant::now()) {
+                self.restart_watchdog();
             }
         }
     }
@@ -158,6 +176,8 @@ impl Server {
                 }
             }
             Token::Watchdog => self.hear_watchdog(),
+            // Its time limit counts from the next sleep on.
+            Token::Freezing => self.agent.freezing.hear(),
             Token::Child { pid, stream } => self.agent.children.on_ready(pid, stream),
         }
         false
@@ -168,7 +188,8 @@ impl Server {
         if self.unfinished {
             return Some(Duration::ZERO);
         }
-        let due = [self.channel.retry_at(), self.freeze_overdue_at()].into_iter().flatten().min();
+        let due =
+            [self.channel.retry_at(), self.freeze_overdue_at(), self.restart.due].into_iter().flatten().min();
         due.map(|at| at.saturating_duration_since(Instant::now()))
     }
 
@@ -176,19 +197,17 @@ impl Server {
     fn serve(&mut self, seat: Seat) {
         let index = usize::from(seat);
         for _ in 0..REQUESTS_PER_TURN {
-            if self.channel.is_deaf(seat) {
-                self.sessions[index].busy = None;
-            }
+            self.look_whether_it_left(seat);
             let incoming = match self.sessions[index].ahead.take() {
                 Some(incoming) => incoming,
                 None => match self.channel.receive(seat) {
                     Received::Item(item) => Incoming::parse(item),
                     Received::Left => {
-                        self.sessions[index] = Session::default();
+                        self.forget(seat);
                         continue;
                     }
                     Received::Lost(error) => {
-                        self.sessions[index] = Session::default();
+                        self.forget(seat);
                         log::warning(format_args!("The channel is gone: {error}"));
                         self.thaw_for(Cause::ChannelLost);
                         continue;
@@ -196,8 +215,7 @@ impl Server {
                     Received::Nothing => return,
                 },
             };
-            let session = &self.sessions[index];
-            if !session.admits(&incoming) || (session.busy.is_none() && self.worker.waiting() >= JOBS) {
+            if !self.sessions[index].admits(&incoming) {
                 self.sessions[index].ahead = Some(incoming);
                 return;
             }
@@ -206,9 +224,41 @@ impl Server {
         self.unfinished = true;
     }
 
+    fn look_whether_it_left(&mut self, seat: Seat) {
+        let index = usize::from(seat);
+        if self.channel.take_left(seat) {
+            self.forget(seat);
+        } else if self.channel.is_deaf(seat) {
+            // What it asked for is still carried out.
+            self.give_up_waiting(seat, "The client that asked for the freeze has left");
+            if std::mem::take(&mut self.sessions[index].unheard) {
+                self.thaw_for(Cause::Unheard);
+            }
+        } else if self.channel.is_heard(seat) {
+            self.sessions[index].unheard = false;
+        }
+    }
+
+    /// Another peer may take the seat.
+    fn forget(&mut self, seat: Seat) {
+        self.give_up_waiting(seat, "The client that asked for the freeze has left");
+        if std::mem::take(&mut self.sessions[usize::from(seat)]).unheard {
+            self.thaw_for(Cause::Unheard);
+        }
+    }
+
+    /// The peer does not wait for its command any more. A freeze that nobody would hear of is none.
+    fn give_up_waiting(&mut self, seat: Seat, why: &str) {
+        let Some(busy) = self.sessions[usize::from(seat)].busy.take() else { return };
+        busy.pending.wanted.store(false, Ordering::Release);
+        if busy.command.role == Role::Freeze && self.worker.current() == busy.pending.ticket {
+            self.cancel_freeze(why);
+        }
+    }
+
     fn take(&mut self, seat: Seat, incoming: Incoming) {
         if incoming.is_fresh_start() {
-            self.sessions[usize::from(seat)].busy = None;
+            self.give_up_waiting(seat, "The client gave up on the freeze");
         }
         match incoming {
             Incoming::Sentinel => {}
@@ -230,9 +280,13 @@ impl Server {
                         let result = handler(&mut self.agent, args);
                         self.reply(seat, Some(command), request, result);
                     }
+                    Run::Worker(_) if self.worker.waiting() >= jobs(command) => {
+                        let busy = Error::generic("The agent is busy: too many commands wait already");
+                        self.reply(seat, Some(command), request, Err(busy));
+                    }
                     Run::Worker(handler) => {
-                        let ticket = self.worker.submit(command, handler, args);
-                        self.sessions[usize::from(seat)].busy = Some(Busy { ticket, command, request });
+                        let pending = self.worker.submit(command, handler, args);
+                        self.sessions[usize::from(seat)].busy = Some(Busy { pending, command, request });
                     }
                 }
             }
@@ -253,9 +307,13 @@ impl Server {
 
     /// A command on the worker has ended. Its peer may have left, or wait for it no more.
     fn on_finished(&mut self, Finished { ticket, role, result }: Finished) {
-        match self.take_busy(|busy| busy.ticket == ticket) {
-            Some((seat, busy)) => self.reply(seat, Some(busy.command), busy.request, result),
-            None if role == Role::Freeze && result.is_ok() => self.shorten_lease(),
+        let froze = role == Role::Freeze && result.as_ref().is_ok_and(|count| *count != 0);
+        match self.take_busy(|busy| busy.pending.ticket == ticket) {
+            Some((seat, busy)) => {
+                self.reply(seat, Some(busy.command), busy.request, result);
+                self.sessions[usize::from(seat)].unheard |= froze;
+            }
+            None if froze => self.thaw_for(Cause::Unheard),
             None => {}
         }
     }
@@ -273,7 +331,10 @@ impl Server {
         let mut end = false;
         while let Some(number) = self.signals.next() {
             match number {
-                libc::SIGCHLD => self.agent.children.reap(),
+                libc::SIGCHLD => {
+                    self.agent.children.reap();
+                    self.agent.watchdog.reap();
+                }
                 _ => end = true,
             }
         }
@@ -307,44 +368,50 @@ impl Server {
         }
         log::warning(format_args!("{why}"));
         self.tell_watchdog(self.agent.watchdog.thaw(Cause::Failure));
-        while let Some((seat, busy)) = self.take_busy(|busy| busy.command.role == Role::Freeze) {
+        let current = self.worker.current();
+        let is_it = |busy: &Busy| busy.pending.ticket == current && busy.command.role == Role::Freeze;
+        if let Some((seat, busy)) = self.take_busy(is_it) {
             self.reply(seat, Some(busy.command), busy.request, Err(Error::generic(why)));
         }
     }
 
-    /// Nobody heard that the guest is frozen.
-    fn shorten_lease(&mut self) {
-        if self.agent.freezing.shorten(UNHEARD_LEASE) {
-            self.tell_watchdog(self.agent.watchdog.arm(Some(UNHEARD_LEASE)));
-        }
-    }
-
     fn hear_watchdog(&mut self) {
-        match self.agent.watchdog.news() {
-            None => {}
-            Some(News::Thawed(cause)) => {
-                log::warning(format_args!("The watchdog has thawed: {}", cause.name()));
-                self.agent.freezing.lost(cause);
-                self.cancel_freeze("The lease ran out before everything was frozen");
-                self.submit_thaw(cause);
+        while let Some(news) = self.agent.watchdog.news() {
+            match news {
+                News::Thawed { number, .. } if number != self.agent.freezing.number() => {}
+                News::Thawed { cause, .. } => {
+                    log::warning(format_args!("The watchdog has thawed: {}", cause.name()));
+                    self.agent.freezing.lost(cause);
+                    self.cancel_freeze("The lease ran out before everything was frozen");
+                    self.submit_thaw(cause);
+                }
+                News::Dead => {
+                    log::error(format_args!("The watchdog has died"));
+                    self.poller.remove(&*self.agent.watchdog.socket());
+                    self.agent.watchdog.reap();
+                    self.restart.died(Instant::now());
+                    return;
+                }
             }
-            Some(News::Dead) => self.replace_watchdog(),
         }
     }
 
-    fn replace_watchdog(&mut self) {
-        log::error(format_args!("The watchdog has died; starting another one"));
+    fn restart_watchdog(&mut self) {
         let watchdog = Arc::clone(&self.agent.watchdog);
-        let restarted = watchdog.restart();
-        let watched = restarted.and_then(|()| self.poller.add_readable(&*watchdog.socket(), Token::Watchdog));
-        if let Err(error) = watched {
-            log::error(format_args!("There is no watchdog any more: {error}"));
-        }
-        self.worker.submit_chore(Box::new(|guest| {
-            if let Err(error) = guest.freezer.rearm() {
-                log::error(format_args!("Cannot arm the new watchdog: {error}"));
+        let restarted = watchdog
+            .restart()
+            .and_then(|()| self.poller.add_readable(&*watchdog.socket(), Token::Watchdog))
+            .and_then(|()| self.agent.freezing.rearm(&watchdog));
+        match restarted {
+            Ok(()) => self.restart.succeeded(Instant::now()),
+            Err(error) => {
+                self.poller.remove(&*watchdog.socket());
+                self.restart.died(Instant::now());
+                log::error(format_args!(
+                    "Cannot start a watchdog, and nothing can be frozen without: {error}"
+                ));
             }
-        }));
+        }
     }
 
     fn tell_watchdog(&self, told: io::Result<()>) {
@@ -370,24 +437,84 @@ impl Server {
         }));
     }
 
-    /// Filesystems that are still frozen are thawed. If one hangs, the watchdog stays with it.
-    fn end(&mut self) {
-        self.thaw_for(Cause::AgentEnds);
-        let deadline = Instant::now() + THAWING;
-        while self.agent.freezing.phase() != Phase::Thawed {
-            let rest = deadline.saturating_duration_since(Instant::now());
-            if rest.is_zero() || self.worker.waiting() == 0 {
-                log::error(format_args!("Filesystems are still frozen"));
-                break;
-            }
-            let events = self.poller.wait(Some(rest)).unwrap_or_default();
-            if events.iter().any(|(token, _)| *token == Token::Worker) {
-                for finished in self.worker.finished() {
-                    self.on_finished(finished);
+    /// Filesystems that are still frozen are thawed. If one hangs, the watchdog stays with it. Whether all are thawed.
+    fn end(&mut self) -> bool {
+        if self.agent.freezing.is_frozen() {
+            self.thaw_for(Cause::AgentEnds);
+            let deadline = Instant::now() + THAWING;
+            // The hooks after the thaw are the worker's, too.
+            while self.worker.waiting() > 0 {
+                let rest = deadline.saturating_duration_since(Instant::now());
+                if rest.is_zero() {
+                    break;
+                }
+                for (token, ready) in self.poller.wait(Some(rest)).unwrap_or_default() {
+                    self.on_event(token, ready);
                 }
             }
         }
         self.channel.flush();
+        let thawed = self.agent.freezing.phase() == Phase::Thawed;
+        if !thawed {
+            log::error(format_args!("Filesystems are still frozen"));
+        }
         log::debug(format_args!("Guest agent ends"));
+        thawed
+    }
+}
+
+/// When to start a watchdog in place of one that died: at once, but not again and again.
+#[derive(Debug)]
+struct Restart {
+    started: Instant,
+    pause: Duration,
+    due: Option<Instant>,
+}
+
+impl Restart {
+    fn new() -> Self {
+        Self { started: Instant::now(), pause: Duration::ZERO, due: None }
+    }
+
+    fn died(&mut self, now: Instant) {
+        let lived = now.saturating_duration_since(self.started);
+        self.pause = if self.due.is_none() && lived > RESTART_LONGEST {
+            Duration::ZERO
+        } else {
+            (self.pause * 2).clamp(RESTART_FIRST, RESTART_LONGEST)
+        };
+        self.due = Some(now + self.pause);
+    }
+
+    fn succeeded(&mut self, now: Instant) {
+        (self.started, self.due) = (now, None);
+    }
+}
+
+/// Commands that may wait: a thaw finds room where nothing else does.
+fn jobs(command: &Command) -> usize {
+    if command.role == Role::Thaw { 2 * JOBS } else { JOBS }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_watchdog_that_keeps_dying_is_started_less_and_less_often() {
+        let mut restart = Restart::new();
+        let start = restart.started;
+        restart.died(start + 2 * RESTART_LONGEST);
+        assert_eq!(restart.due, Some(start + 2 * RESTART_LONGEST), "the first time at once");
+        let mut now = start + 2 * RESTART_LONGEST;
+        let mut pauses = Vec::new();
+        for _ in 0..10 {
+            restart.succeeded(now);
+            restart.died(now);
+            pauses.push(restart.pause);
+            now += restart.pause;
+        }
+        assert_eq!(pauses[..3], [RESTART_FIRST, 2 * RESTART_FIRST, 4 * RESTART_FIRST]);
+        assert_eq!(pauses[9], RESTART_LONGEST);
     }
 }

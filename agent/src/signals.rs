@@ -63,6 +63,13 @@ pub(crate) fn unblock_for(command: &mut Command) -> &mut Command {
             if libc::sigprocmask(libc::SIG_SETMASK, set.as_ptr(), std::ptr::null_mut()) < 0 {
                 return Err(io::Error::last_os_error());
             }
+            // Nor is what protects this process from a lack of memory for what it starts.
+            let path = c"/proc/self/oom_score_adj";
+            let fd = libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+            if fd >= 0 {
+                libc::write(fd, c"0".as_ptr().cast(), 1);
+                libc::close(fd);
+            }
             Ok(())
         })
     }

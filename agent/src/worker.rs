@@ -13,6 +13,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 
@@ -40,6 +41,7 @@ pub(crate) type Chore = Box<dyn FnOnce(&mut Guest) + Send>;
 struct Job {
     ticket: Ticket,
     work: Work,
+    wanted: Arc<AtomicBool>,
 }
 
 enum Work {
@@ -55,11 +57,21 @@ pub(crate) struct Finished {
     pub(crate) result: Result<Value, Error>,
 }
 
+/// A job as its client sees it.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    pub(crate) ticket: Ticket,
+    /// Somebody waits for the result.
+    pub(crate) wanted: Arc<AtomicBool>,
+}
+
 /// The main loop's end.
 pub(crate) struct Worker {
     jobs: Sender<Job>,
     finished: Receiver<Finished>,
     bell: Arc<OwnedFd>,
+    /// The job that runs.
+    current: Arc<AtomicU64>,
     last: Ticket,
     waiting: usize,
 }
@@ -70,11 +82,17 @@ impl Worker {
         let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let (jobs, queue) = mpsc::channel::<Job>();
         let (results, finished) = mpsc::channel();
-        let ring = Arc::clone(&bell);
+        let current = Arc::new(AtomicU64::new(0));
+        let (ring, running) = (Arc::clone(&bell), Arc::clone(&current));
         thread::Builder::new().name("worker".into()).stack_size(STACK).spawn(move || {
-            for Job { ticket, work } in queue {
+            for Job { ticket, work, wanted } in queue {
                 let role = work.role();
-                let result = carry_out(work, &mut guest, &access);
+                running.store(ticket, Ordering::Release);
+                let result = if role == Role::Freeze && !wanted.load(Ordering::Acquire) {
+                    Err(Error::generic("Nobody waits for the freeze any more"))
+                } else {
+                    carry_out(work, &mut guest, &access)
+                };
                 if results.send(Finished { ticket, role, result }).is_err() {
                     return;
                 }
@@ -82,12 +100,17 @@ impl Worker {
                 let _ = rustix::io::write(&ring, &1_u64.to_ne_bytes());
             }
         })?;
-        Ok(Self { jobs, finished, bell, last: 0, waiting: 0 })
+        Ok(Self { jobs, finished, bell, current, last: 0, waiting: 0 })
     }
 
     /// Queues a command.
-    pub(crate) fn submit(&mut self, command: &'static Command, handler: Handler, args: Args) -> Ticket {
+    pub(crate) fn submit(&mut self, command: &'static Command, handler: Handler, args: Args) -> Pending {
         self.queue(Work::Command { command, handler, args })
+    }
+
+    /// The job that runs, or the last one that did.
+    pub(crate) fn current(&self) -> Ticket {
+        self.current.load(Ordering::Acquire)
     }
 
     /// Queues something of the agent's own.
@@ -95,12 +118,13 @@ impl Worker {
         self.queue(Work::Chore(chore));
     }
 
-    fn queue(&mut self, work: Work) -> Ticket {
+    fn queue(&mut self, work: Work) -> Pending {
         self.last += 1;
         self.waiting += 1;
+        let wanted = Arc::new(AtomicBool::new(true));
         // The worker ends after this end of the queue, not before.
-        let _ = self.jobs.send(Job { ticket: self.last, work });
-        self.last
+        let _ = self.jobs.send(Job { ticket: self.last, work, wanted: Arc::clone(&wanted) });
+        Pending { ticket: self.last, wanted }
     }
 
     /// Jobs that have not been taken from [`finished`](Self::finished) yet.

@@ -31,9 +31,27 @@ mod tests {
             Self { process, directory }
         }
 
+        /// With a freeze hook, which is told `freeze` or `thaw`.
+        fn with_hook(script: &str, options: &[&str]) -> Self {
+            use std::os::unix::fs::PermissionsExt;
+            let directory = tempfile::tempdir().unwrap();
+            let hook = directory.path().join("hook");
+            std::fs::write(&hook, format!("#!/bin/sh\ncd {}\n{script}\n", directory.path().display()))
+                .unwrap();
+            std::fs::set_permissions(&hook, std::fs::Permissions::from_mode(0o755)).unwrap();
+            let hook = format!("-F{}", hook.display());
+            let options: Vec<&str> = std::iter::once(hook.as_str()).chain(options.iter().copied()).collect();
+            let process = Self::spawn_with(directory.path(), &options);
+            Self { process, directory }
+        }
+
         fn spawn(directory: &Path) -> Child {
+            Self::spawn_with(directory, &[])
+        }
+
+        fn spawn_with(directory: &Path, options: &[&str]) -> Child {
             let mut command = Command::new(env!("CARGO_BIN_EXE_tarn-agent"));
-            command.args(["-m", "unix-listen", "-p", "sock", "-t", "."]).current_dir(directory);
+            command.args(["-m", "unix-listen", "-p", "sock", "-t", "."]).args(options).current_dir(directory);
             let process = command.stderr(Stdio::null()).spawn().unwrap();
             let deadline = Instant::now() + PATIENCE;
             while UnixStream::connect(directory.join("sock")).is_err() {
@@ -649,5 +667,150 @@ mod tests {
         agent.wait_until_asleep();
         agent.signal("-TERM");
         assert!(agent.process.wait().unwrap().success());
+    }
+
+    // ---- Freezes of nothing: what surrounds a freeze, on a machine that must not be frozen ----
+
+    /// A freeze of no filesystem at all; hooks run all the same.
+    fn freeze_nothing() -> Vec<u8> {
+        let request = json!({"execute": "guest-fsfreeze-freeze-list", "arguments": {"mountpoints": []}});
+        encode(&request).into_bytes()
+    }
+
+    const NOTHING: fn() -> Value = || json!({});
+
+    #[test]
+    fn hooks_run_in_pairs_and_a_failure_after_the_thaw_is_only_reported() {
+        let agent = Agent::with_hook("echo $1 >> log; test $1 = freeze", &[]);
+        let mut client = agent.client();
+        client.stream.write_all(&freeze_nothing()).unwrap();
+        assert_eq!(client.reply(), json!({"return": 0}));
+        assert_eq!(std::fs::read_to_string(agent.path("log")).unwrap(), "freeze\nthaw\n");
+        let report = client.ask("tarn-fsfreeze-report", &NOTHING());
+        assert_eq!(report["return"]["hooks"][1]["error"], json!("exit status 1"));
+        assert_eq!(report["return"]["state"], json!("thawed"));
+    }
+
+    #[test]
+    fn a_freeze_that_takes_too_long_fails_in_time_while_its_client_is_silent() {
+        let agent = Agent::with_hook("echo $1 >> log; test $1 = thaw || sleep 1000", &["--freeze-timeout=1"]);
+        let mut client = agent.client();
+        let start = Instant::now();
+        client.stream.write_all(&freeze_nothing()).unwrap();
+        let reply = client.reply();
+        assert_eq!(reply["error"]["desc"], json!("The freeze took too long"));
+        assert!(start.elapsed() < Duration::from_secs(20), "the hook's own limit is 30 s");
+        let log = || std::fs::read_to_string(agent.path("log")).unwrap_or_default();
+        wait_until("the hook is told of the end", || log() == "freeze\nthaw\n");
+        agent.wait_until_asleep();
+    }
+
+    #[test]
+    fn while_a_freeze_is_in_progress_the_agent_answers_everybody() {
+        let agent = Agent::with_hook("test $1 = thaw || until test -e go; do sleep 0.1; done", &[]);
+        let (mut freezer, mut other) = (agent.client(), agent.client());
+        freezer.stream.write_all(&freeze_nothing()).unwrap();
+        wait_until("the freeze has begun", || {
+            other.ask("tarn-fsfreeze-report", &NOTHING())["return"]["state"] == "freezing"
+        });
+        other.ping();
+        assert_eq!(other.ask("guest-fsfreeze-status", &NOTHING()), json!({"return": "frozen"}));
+        let refused = other.ask("guest-get-time", &NOTHING());
+        assert_eq!(refused["error"]["class"], json!("CommandNotFound"));
+        // Out of turn on the very connection that waits for the freeze.
+        freezer.stream.write_all(b"{'exec-oob':'guest-ping','id':7}").unwrap();
+        assert_eq!(freezer.reply(), json!({"return": {}, "id": 7}));
+        freezer.stream.write_all(b"{'execute':'guest-ping','id':8}").unwrap();
+        std::fs::write(agent.path("go"), "").unwrap();
+        assert_eq!(freezer.reply(), json!({"return": 0}), "in turn");
+        assert_eq!(freezer.reply(), json!({"return": {}, "id": 8}));
+    }
+
+    #[test]
+    fn a_freeze_ends_when_its_client_gives_up_leaves_or_somebody_thaws() {
+        let agent = Agent::with_hook("echo $1 >> log; test $1 = thaw || sleep 1000", &[]);
+        let mut other = agent.client();
+        let mut state = || other.ask("tarn-fsfreeze-report", &NOTHING())["return"].clone();
+        let log = || std::fs::read_to_string(agent.path("log")).unwrap_or_default();
+        for (number, way) in (1..).zip(["sync", "leave", "thaw"]) {
+            let mut client = agent.client();
+            client.stream.write_all(&freeze_nothing()).unwrap();
+            wait_until("the freeze has begun", || log().matches("freeze").count() == number);
+            match way {
+                "sync" => assert_eq!(client.ask("guest-sync", &json!({"id": 9})), json!({"return": 9})),
+                "leave" => drop(client),
+                _ => {
+                    let mut third = agent.client();
+                    assert!(third.ask("guest-fsfreeze-thaw", &NOTHING())["return"].is_u64());
+                    let failed = client.reply();
+                    assert_eq!(
+                        failed["error"]["desc"],
+                        json!("The freeze was cancelled by guest-fsfreeze-thaw")
+                    );
+                }
+            }
+            wait_until("it is over", || state()["state"] == "thawed");
+        }
+        wait_until("every hook has its pair", || log().matches("thaw").count() >= 3);
+    }
+
+    #[test]
+    fn an_agent_killed_within_a_hook_has_its_watchdog_kill_that_and_run_the_thaw() {
+        let mut agent = Agent::with_hook("echo $1 $$ >> log; test $1 = thaw || sleep 1000", &[]);
+        let mut client = agent.client();
+        client.stream.write_all(&freeze_nothing()).unwrap();
+        let log = || std::fs::read_to_string(agent.path("log")).unwrap_or_default();
+        wait_until("the hook runs", || log().starts_with("freeze "));
+        let hook = log().trim().trim_start_matches("freeze ").to_owned();
+        agent.process.kill().unwrap();
+        wait_until("the hook is told of the end", || {
+            std::fs::read_to_string(agent.directory.path().join("log")).unwrap_or_default().contains("thaw")
+        });
+        let stat = format!("/proc/{hook}/stat");
+        wait_until("the hook is gone", || {
+            std::fs::read_to_string(&stat).map_or(true, |stat| stat.contains(") Z "))
+        });
+        let _ = agent.process.wait();
+    }
+
+    #[test]
+    fn a_watchdog_that_dies_is_replaced_and_one_agent_has_one() {
+        let agent = Agent::start();
+        let watchdogs = || -> Vec<i32> {
+            let children = format!("/proc/{0}/task/{0}/children", agent.process.id());
+            let children = std::fs::read_to_string(children).unwrap();
+            children.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+        };
+        wait_until("there is a watchdog", || watchdogs().len() == 1);
+        let first = watchdogs()[0];
+        assert!(Command::new("kill").args(["-KILL", &first.to_string()]).status().unwrap().success());
+        wait_until("there is another one", || watchdogs().len() == 1 && watchdogs()[0] != first);
+        agent.wait_until_asleep();
+        agent.client().ping();
+    }
+
+    #[test]
+    fn more_commands_than_can_wait_are_refused_and_the_agent_stays_reachable() {
+        let agent = Agent::with_hook(
+            "test $1 = thaw || until test -e go; do sleep 0.1; done",
+            &["--freeze-timeout=0"],
+        );
+        let mut client = agent.client();
+        client.stream.write_all(&freeze_nothing()).unwrap();
+        wait_until("the freeze has begun", || {
+            agent.client().ask("tarn-fsfreeze-report", &NOTHING())["return"]["state"] == "freezing"
+        });
+        // Of several clients each gives up again and again.
+        let mut poller = agent.client();
+        for _ in 0..40 {
+            poller
+                .stream
+                .write_all(b"{'execute':'guest-fsfreeze-thaw'}{'execute':'guest-sync','arguments':{'id':5}}")
+                .unwrap();
+            while poller.reply()["return"] != json!(5) {}
+        }
+        poller.ping();
+        std::fs::write(agent.path("go"), "").unwrap();
+        agent.client().ping();
     }
 }

@@ -55,6 +55,8 @@ pub(super) struct Connection {
     deaf: bool,
     /// The end of the input was met.
     ended: bool,
+    /// The peer left and another one came.
+    left: bool,
     decoder: Decoder,
     output: Vec<u8>,
     sent: usize,
@@ -70,6 +72,7 @@ impl Connection {
             writable: true,
             deaf: false,
             ended: false,
+            left: false,
             decoder: Decoder::new(Limits::AGENT),
             output: Vec::new(),
             sent: 0,
@@ -84,7 +87,7 @@ impl Connection {
         let has_left = ready.hung_up || self.deaf;
         if has_left && self.kind == Kind::Port && !self.is_hung_up() {
             self.reset();
-            self.readable = true;
+            (self.readable, self.left) = (true, true);
             return;
         }
         if self.kind == Kind::Line {
@@ -128,6 +131,16 @@ impl Connection {
         }
     }
 
+    /// Whether another peer has taken the place of the one there was, since the last call.
+    pub(super) fn take_left(&mut self) -> bool {
+        std::mem::take(&mut self.left)
+    }
+
+    /// Whether everything sent has gone to the peer, as far as that can be told.
+    pub(super) fn is_heard(&self) -> bool {
+        self.pending() == 0
+    }
+
     /// Whether the peer has left and reads no more, as far as is known.
     pub(super) fn is_deaf(&self) -> bool {
         self.deaf
@@ -156,7 +169,8 @@ impl Connection {
 
     /// Ready for another peer on the same descriptor.
     pub(super) fn reset(&mut self) {
-        let Self { file: _, kind: _, readable, writable, deaf, ended, decoder, output: _, sent: _ } = self;
+        let Self { file: _, kind: _, left: _, readable, writable, deaf, ended, decoder, output: _, sent: _ } =
+            self;
         *readable = false;
         // A full queue of the device is emptied when the host end closes.
         *writable = true;

@@ -178,6 +178,18 @@ impl Channel {
         connection.is_none_or(Connection::is_deaf)
     }
 
+    /// Whether somebody else has come in the place of this seat's peer, since the last call.
+    pub(crate) fn take_left(&mut self, seat: Seat) -> bool {
+        let connection = self.seats.get_mut(usize::from(seat)).and_then(Option::as_mut);
+        connection.is_some_and(Connection::take_left)
+    }
+
+    /// Whether everything sent has gone to the peer, as far as that can be told.
+    pub(crate) fn is_heard(&self, seat: Seat) -> bool {
+        let connection = self.seats.get(usize::from(seat)).and_then(Option::as_ref);
+        connection.is_some_and(Connection::is_heard)
+    }
+
     /// Queues a reply for the peer.
     pub(crate) fn send(&mut self, seat: Seat, reply: &[u8]) {
         if let Some(Some(connection)) = self.seats.get_mut(usize::from(seat)) {

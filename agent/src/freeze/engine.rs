@@ -2,6 +2,7 @@
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::mounts::{self, Device, Superblock, Survey};
@@ -76,13 +77,15 @@ impl FreezeError {
 #[derive(Debug)]
 pub(crate) struct Held<H> {
     pub(crate) superblock: Superblock,
-    pub(crate) handle: H,
+    /// Shared with who has to tell a new watchdog of it.
+    pub(crate) handle: Arc<H>,
 }
 
 impl<H> Held<H> {
     pub(crate) fn record(&self) -> Filesystem {
         Filesystem {
             mountpoint: self.superblock.mountpoint().to_owned(),
+            identity: self.superblock.identity(),
             device: self.superblock.device(),
             fstype: self.superblock.fstype().to_owned(),
             writable: self.superblock.is_writable(),
@@ -115,7 +118,7 @@ impl<K: Kernel> Engine<K> {
         let open = |index: usize| {
             let superblock = superblocks[index].clone();
             match self.open(&superblock) {
-                Ok(handle) => Ok(Held { superblock, handle }),
+                Ok(handle) => Ok(Held { superblock, handle: Arc::new(handle) }),
                 Err(source) => {
                     Err(FreezeError::Open { mountpoint: superblock.mountpoint().to_owned(), source })
                 }
@@ -129,7 +132,7 @@ impl<K: Kernel> Engine<K> {
         let order = order::freezing_order(superblocks, |device| self.kernel.backing(device));
         let open = |index: usize| {
             let superblock = superblocks[index].clone();
-            self.open(&superblock).ok().map(|handle| Held { superblock, handle })
+            self.open(&superblock).ok().map(|handle| Held { superblock, handle: Arc::new(handle) })
         };
         order.into_iter().filter_map(open).collect()
     }

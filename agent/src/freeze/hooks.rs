@@ -9,7 +9,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -24,6 +24,8 @@ use super::report::HookRun;
 use crate::commands::errno_text;
 use crate::signals::unblock_for;
 
+/// How long a hook that was killed is waited for.
+const REAPING: Duration = Duration::from_secs(1);
 /// Most bytes of a hook's complaints that are repeated.
 const COMPLAINT: u64 = 4096;
 
@@ -51,12 +53,22 @@ impl Phase {
 }
 
 impl Hooks {
+    /// Absolute: the watchdog works elsewhere.
+    pub(crate) fn new(
+        program: Option<PathBuf>,
+        directory: Option<PathBuf>,
+        timeout: Duration,
+    ) -> io::Result<Self> {
+        let absolute = |path: Option<PathBuf>| path.map(std::path::absolute).transpose();
+        Ok(Self { program: absolute(program)?, directory: absolute(directory)?, timeout })
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.program.is_none() && self.directory.is_none()
     }
 
-    /// Runs the hooks before a freeze until one fails or `cancelled` becomes readable; tells of each as it
-    /// ends.
+    /// Runs the hooks before a freeze until one fails or `cancelled` becomes readable. `tell` hears of the process
+    /// group of each that runs, and of 0 once it is over; `note` of how it ended.
     ///
     /// # Errors
     ///
@@ -64,10 +76,11 @@ impl Hooks {
     pub(crate) fn freeze(
         &self,
         cancelled: BorrowedFd<'_>,
+        mut tell: impl FnMut(u32),
         mut note: impl FnMut(HookRun),
     ) -> Result<(), String> {
         for program in self.programs() {
-            let run = self.run(&program, Phase::Freeze, Some(cancelled));
+            let run = self.run(&program, Phase::Freeze, Some(cancelled), &mut tell);
             let error = run.error.clone();
             note(run);
             if let Some(error) = error {
@@ -80,7 +93,7 @@ impl Hooks {
     /// Runs the hooks after a thaw: all of `programs`, whatever becomes of them.
     pub(crate) fn thaw(&self, programs: &[PathBuf], mut note: impl FnMut(HookRun)) {
         for program in programs {
-            note(self.run(program, Phase::Thaw, None));
+            note(self.run(program, Phase::Thaw, None, |_| {}));
         }
     }
 
@@ -93,10 +106,21 @@ impl Hooks {
         self.program.iter().cloned().chain(programs).collect()
     }
 
-    fn run(&self, program: &Path, phase: Phase, cancelled: Option<BorrowedFd<'_>>) -> HookRun {
+    fn run(
+        &self,
+        program: &Path,
+        phase: Phase,
+        cancelled: Option<BorrowedFd<'_>>,
+        mut tell: impl FnMut(u32),
+    ) -> HookRun {
         let start = Instant::now();
-        let error = run(program, phase, self.timeout, cancelled).err();
-        HookRun { program: program.to_owned(), phase: phase.word(), error, took: start.elapsed() }
+        let mut started = false;
+        let note = |group| {
+            started |= group != 0;
+            tell(group);
+        };
+        let error = run(program, phase, self.timeout, cancelled, note).err();
+        HookRun { program: program.to_owned(), phase: phase.word(), started, error, took: start.elapsed() }
     }
 
     pub(crate) fn to_json(&self) -> Value {
@@ -123,40 +147,36 @@ fn is_hook(path: &Path) -> bool {
     !is_leftover && path.is_file() && access(path, Access::EXEC_OK).is_ok()
 }
 
-/// Whether a hook of this name was started, by the record of its freeze.
-pub(crate) fn was_started(run: &HookRun) -> bool {
-    run.phase == Phase::Freeze.word()
-        && !run.error.as_deref().is_some_and(|error| error.starts_with(NOT_STARTED))
-}
-
-const NOT_STARTED: &str = "failed to exec ";
-
 fn run(
     program: &Path,
     phase: Phase,
     timeout: Duration,
     cancelled: Option<BorrowedFd<'_>>,
+    mut tell: impl FnMut(u32),
 ) -> Result<(), String> {
     let not_started =
-        |error: io::Error| format!("{NOT_STARTED}'{}': {}\n", program.display(), errno_text(&error));
+        |error: io::Error| format!("failed to exec '{}': {}\n", program.display(), errno_text(&error));
     let mut output = output().map_err(not_started)?;
     let mut command = Command::new(program);
     command.arg(phase.word()).stdin(Stdio::null()).process_group(0);
     let handle = || output.try_clone().map(Stdio::from);
     command.stdout(handle().map_err(not_started)?).stderr(handle().map_err(not_started)?);
     let mut child = unblock_for(&mut command).spawn().map_err(not_started)?;
-    let status = match wait(&mut child, timeout, cancelled) {
+    tell(child.id());
+    let ended = wait(&mut child, timeout, cancelled);
+    if !matches!(ended, Ok(Ended::Itself(_))) {
+        kill(&mut child);
+    }
+    tell(0);
+    let status = match ended {
         Ok(Ended::Itself(status)) => status,
         Ok(Ended::Late) => {
-            kill(&mut child);
             return Err(format!("'{}' did not end within {} s", program.display(), timeout.as_secs_f32()));
         }
         Ok(Ended::Cancelled) => {
-            kill(&mut child);
             return Err(format!("'{}' was still running when the freeze was cancelled", program.display()));
         }
         Err(error) => {
-            kill(&mut child);
             return Err(format!("cannot wait for '{}': {}", program.display(), errno_text(&error)));
         }
     };
@@ -208,8 +228,15 @@ fn kill(child: &mut Child) {
         let _ = kill_process_group(group, Signal::KILL);
     }
     let _ = child.kill();
-    // A process in an uninterruptible call is reaped by whoever comes after.
-    let _ = child.try_wait();
+    // A process in an uninterruptible call may take longer; it stays a zombie then.
+    let _ = wait(child, REAPING, None);
+}
+
+/// Kills the hook of an agent that died.
+pub(crate) fn kill_group(group: u32) {
+    if let Some(group) = i32::try_from(group).ok().and_then(Pid::from_raw) {
+        let _ = kill_process_group(group, Signal::KILL);
+    }
 }
 
 fn output() -> io::Result<File> {
@@ -219,7 +246,6 @@ fn output() -> io::Result<File> {
 fn complaint(output: &mut File, status: ExitStatus) -> String {
     let mut text = Vec::new();
     let _ = output.rewind();
-    let _ = output.as_fd();
     let _ = output.take(COMPLAINT).read_to_end(&mut text);
     match (status.code(), status.signal()) {
         _ if !text.is_empty() => String::from_utf8_lossy(&text).into_owned(),
@@ -230,6 +256,7 @@ fn complaint(output: &mut File, status: ExitStatus) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
     use std::os::unix::fs::PermissionsExt;
 
     use rustix::event::{EventfdFlags, eventfd};
@@ -246,7 +273,7 @@ mod tests {
     fn freeze(hooks: &Hooks) -> (Result<(), String>, Vec<HookRun>) {
         let never = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         let mut runs = Vec::new();
-        let result = hooks.freeze(never.as_fd(), |run| runs.push(run));
+        let result = hooks.freeze(never.as_fd(), |_| {}, |run| runs.push(run));
         (result, runs)
     }
 
@@ -264,7 +291,7 @@ mod tests {
         let hooks = hook(script(directory.path(), "hook", &text));
         let (result, runs) = freeze(&hooks);
         assert_eq!(result, Err("hook says no\n".into()));
-        assert!(was_started(&runs[0]));
+        assert!(runs[0].started);
         let mut after = Vec::new();
         hooks.thaw(&hooks.programs(), |run| after.push(run));
         assert_eq!((after[0].phase, &after[0].error), ("thaw", &None));
@@ -275,7 +302,7 @@ mod tests {
     fn a_hook_that_cannot_run_is_named_and_was_not_started() {
         let (result, runs) = freeze(&hook("/nonexistent/hook".into()));
         assert_eq!(result, Err("failed to exec '/nonexistent/hook': No such file or directory\n".into()));
-        assert!(!was_started(&runs[0]));
+        assert!(!runs[0].started);
     }
 
     #[test]
@@ -314,7 +341,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let hooks = hook(script(directory.path(), "hook", "sleep 1000"));
         let cancelled = eventfd(1, EventfdFlags::CLOEXEC).unwrap();
-        let error = hooks.freeze(cancelled.as_fd(), |_| {}).unwrap_err();
+        let error = hooks.freeze(cancelled.as_fd(), |_| {}, |_| {}).unwrap_err();
         assert!(error.contains("was still running when the freeze was cancelled"), "{error}");
     }
 

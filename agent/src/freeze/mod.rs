@@ -46,7 +46,7 @@ use rustix::mm::{MlockAllFlags, mlockall, munlockall};
 
 use self::engine::Held;
 pub(crate) use self::engine::{Engine, FreezeError, Kernel};
-pub(crate) use self::hooks::Hooks;
+pub(crate) use self::hooks::{Hooks, kill_group};
 pub(crate) use self::label::Label;
 pub(crate) use self::linux::Linux;
 #[cfg(test)]
@@ -91,7 +91,7 @@ pub(crate) struct Selection {
 
 impl<K: Kernel> Freezer<K>
 where
-    K::Handle: AsFd + From<OwnedFd>,
+    K::Handle: AsFd + From<OwnedFd> + Send + Sync + 'static,
 {
     /// Thawed, unless a former agent left something frozen.
     pub(crate) fn new(
@@ -135,13 +135,16 @@ where
     /// The first failure, after everything was thawed again.
     pub(crate) fn freeze(&mut self, selection: &Selection) -> Result<u64, FreezeError> {
         let lease = selection.lease.or(self.lease).filter(|lease| !lease.is_zero());
-        self.freezing.begin(lease);
-        let result = self.try_freeze(selection, lease);
+        let number = self.freezing.begin(lease);
+        let result = self.try_freeze(number, selection, lease);
+        let result = match result {
+            Ok(count) if count > 0 => match self.freezing.complete() {
+                Ok(()) => return Ok(count),
+                Err(why) => Err(FreezeError::Cancelled(why)),
+            },
+            other => other,
+        };
         match &result {
-            Ok(count) if *count > 0 => {
-                self.freezing.enter(Phase::Frozen);
-                return result;
-            }
             Ok(_) => {}
             Err(error) => self.freezing.with_report(|report| report.error = Some(error.text())),
         }
@@ -155,8 +158,14 @@ where
         result
     }
 
-    fn try_freeze(&mut self, selection: &Selection, lease: Option<Duration>) -> Result<u64, FreezeError> {
-        self.watchdog.begin(!self.hooks.is_empty()).map_err(FreezeError::Watchdog)?;
+    fn try_freeze(
+        &mut self,
+        number: u64,
+        selection: &Selection,
+        lease: Option<Duration>,
+    ) -> Result<u64, FreezeError> {
+        let incarnation = self.watchdog.incarnation();
+        self.watchdog.begin(number, !self.hooks.is_empty()).map_err(FreezeError::Watchdog)?;
         self.run_freeze_hooks()?;
         self.hold(selection.mountpoints.as_deref())?;
         for held in &self.held {
@@ -172,15 +181,30 @@ where
         if let Err(error) = self.create_state_file() {
             log::warning(format_args!("Cannot create {}: {error}", self.state_file.display()));
         }
-        self.watchdog.arm(lease).map_err(FreezeError::Watchdog)?;
-        self.freezing.arm(lease);
+        // In this order: a watchdog that is replaced meanwhile is told of everything by the main loop.
+        self.arm(lease);
+        self.watchdog.arm(lease, lease).map_err(FreezeError::Watchdog)?;
+        if self.watchdog.incarnation() != incarnation {
+            return Err(FreezeError::Watchdog(ErrorKind::BrokenPipe.into()));
+        }
         self.freeze_held()
     }
 
+    /// From now on filesystems may be frozen.
+    fn arm(&mut self, left: Option<Duration>) {
+        let guard = |held: &Held<K::Handle>| {
+            let handle: Arc<dyn AsFd + Send + Sync> = Arc::clone(&held.handle) as _;
+            (held.superblock.label(), handle)
+        };
+        self.freezing.arm(left, self.held.iter().map(guard).collect(), !self.owed.is_empty());
+    }
+
     fn run_freeze_hooks(&mut self) -> Result<(), FreezeError> {
-        let Self { hooks, freezing, owed, .. } = self;
-        let ran = hooks.freeze(freezing.cancelled(), |run| {
-            if hooks::was_started(&run) {
+        let Self { hooks, freezing, owed, watchdog, .. } = self;
+        // Who takes over from a dead agent has to know which hook may still be running.
+        let tell = |group| drop(watchdog.hook(group));
+        let ran = hooks.freeze(freezing.cancelled(), tell, |run| {
+            if run.started {
                 owed.push(run.program.clone());
             }
             freezing.with_report(|report| report.hooks.push(run));
@@ -342,37 +366,27 @@ where
             log::warning(format_args!("Cannot tell the watchdog: {error}"));
         }
     }
-
-    /// The watchdog was started anew: what is frozen is told to it.
-    pub(crate) fn rearm(&mut self) -> io::Result<()> {
-        if !self.is_frozen() {
-            return Ok(());
-        }
-        self.watchdog.begin(!self.owed.is_empty())?;
-        for held in &self.held {
-            self.watchdog.hold(held.superblock.label(), held.handle.as_fd())?;
-        }
-        self.watchdog.arm(self.freezing.with_report(|report| report.lease))
-    }
 }
 
 /// Taking over from a former agent.
 impl<K: Kernel> Freezer<K>
 where
-    K::Handle: AsFd + From<OwnedFd>,
+    K::Handle: AsFd + From<OwnedFd> + Send + Sync + 'static,
 {
     /// The former agent's watchdog is alive and now this agent's.
     fn inherit(&mut self, Inheritance { handover, held }: Inheritance) {
         if handover.hooks {
             self.owed = self.hooks.programs();
         }
-        self.freezing.begin(handover.lease);
-        self.freezing.enter(Phase::Thawed);
         if !handover.armed {
             self.tell_watchdog(self.watchdog.end());
+            self.look_for_state_file();
             return;
         }
-        let held = held.into_iter().map(|(label, fd)| Held { superblock: label.into(), handle: fd.into() });
+        self.freezing.begin(handover.lease);
+        let held = held
+            .into_iter()
+            .map(|(label, fd)| Held { superblock: label.into(), handle: Arc::new(fd.into()) });
         self.held = held.collect();
         self.freezing.with_report(|report| {
             report.filesystems = self.held.iter().map(Held::record).collect();
@@ -380,7 +394,7 @@ where
                 record.outcome = Outcome::Frozen;
             }
         });
-        self.freezing.arm(handover.left);
+        self.arm(handover.left);
         match handover.thawed {
             None => {
                 log::warning(format_args!(
@@ -391,9 +405,14 @@ where
             }
             Some(cause) => {
                 log::warning(format_args!("The watchdog thawed for a former agent: {}", cause.name()));
+                if let Err(error) = self.thaw_filesystems(false) {
+                    log::error(format_args!("{}", error.text()));
+                }
                 self.held.clear();
                 self.finish(cause);
-                self.run_thaw_hooks(cause);
+                if !self.owed.is_empty() {
+                    self.run_thaw_hooks(cause);
+                }
                 self.tell_watchdog(self.watchdog.end());
             }
         }
@@ -415,21 +434,22 @@ where
             self.state_file.display()
         ));
         log::hold();
-        self.freezing.begin(self.lease);
+        let number = self.freezing.begin(self.lease);
         self.freezing.enter(Phase::Frozen);
+        self.freezing.with_report(|report| report.unwatched = true);
         // Those that can be opened, in case they are frozen.
         if let Ok(survey) = self.engine.survey() {
             self.held = self.engine.open_any(&survey.superblocks);
         }
         let left = self.lease.map(|lease| lease.saturating_sub(age));
-        let armed = self.watchdog.begin(!self.hooks.is_empty()).and_then(|()| {
+        self.owed = self.hooks.programs();
+        self.arm(left);
+        let armed = self.watchdog.begin(number, !self.owed.is_empty()).and_then(|()| {
             let mut held = self.held.iter();
             held.try_for_each(|held| self.watchdog.hold(held.superblock.label(), held.handle.as_fd()))?;
-            self.watchdog.arm(left)
+            self.watchdog.arm(self.lease, left)
         });
         self.tell_watchdog(armed);
-        self.owed = self.hooks.programs();
-        self.freezing.arm(left);
     }
 
     /// As the reference: readable by its owner, empty, left as it is if it is there.
@@ -439,7 +459,7 @@ where
 }
 
 fn note_thaw(report: &mut Report, superblock: &Superblock, outcome: Thaw) {
-    let same = |record: &&mut report::Filesystem| record.mountpoint == superblock.mountpoint();
+    let same = |record: &&mut report::Filesystem| record.identity == superblock.identity();
     if let Some(record) = report.filesystems.iter_mut().find(same)
         && record.outcome == Outcome::Frozen
     {
@@ -447,13 +467,18 @@ fn note_thaw(report: &mut Report, superblock: &Superblock, outcome: Thaw) {
     }
 }
 
-/// Thaws until the kernel says that there is nothing to thaw.
-pub(crate) fn thaw_fully(fd: impl AsFd) {
+/// Thaws until the kernel says that there is nothing to thaw, or `go_on` says no; whether the kernel said so.
+pub(crate) fn thaw_fully(fd: impl AsFd, go_on: impl Fn() -> bool) -> bool {
     for _ in 0..engine::THAWS {
-        if linux::thaw_once(&fd).is_err() {
-            return;
+        if !go_on() {
+            return false;
+        }
+        match linux::thaw_once(&fd) {
+            Ok(()) => {}
+            Err(error) => return matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)),
         }
     }
+    false
 }
 
 /// Removes the state file of this directory, once nothing is frozen.

@@ -69,7 +69,11 @@ fn dependencies(
                 Backing::Device(device) => devices.push(device),
                 Backing::File { mount } => {
                     let holds = |other: &Superblock| other.mounts().any(|other| other.id == mount);
-                    found.known.extend(all.iter().position(holds));
+                    match all.iter().position(holds) {
+                        Some(index) => found.known.push(index),
+                        // An overlay, perhaps, which lies on one of them.
+                        None => found.lost = true,
+                    }
                 }
                 Backing::Lost => found.lost = true,
             }

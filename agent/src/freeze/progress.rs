@@ -1,14 +1,18 @@
 //! How far a freeze is: what the worker's engine tells, and what the main loop may do about it.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, eventfd};
 use serde_json::Value;
 
+use super::label::Label;
 use super::report::{Cause, Report, milliseconds};
+use crate::watchdog::Watchdog;
 
 /// Where the engine is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,15 +36,25 @@ impl Phase {
     }
 }
 
+/// A filesystem that is, or may be, frozen: for who has to tell a new watchdog.
+type Guarded = (Label, Arc<dyn AsFd + Send + Sync>);
+
 /// Shared by the worker, which freezes, and the main loop, which watches, tells and interrupts.
-#[derive(Debug)]
 pub(crate) struct Freezing {
     inner: Mutex<Inner>,
     /// Readable once the freeze in progress is cancelled.
     cancelled: OwnedFd,
+    /// Readable once a freeze has begun that the main loop does not know of yet.
+    begun: OwnedFd,
 }
 
-#[derive(Debug, Default)]
+impl fmt::Debug for Freezing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Freezing").field("phase", &self.phase()).finish_non_exhaustive()
+    }
+}
+
+#[derive(Default)]
 struct Inner {
     phase: Phase,
     /// When the freeze in progress began.
@@ -49,13 +63,17 @@ struct Inner {
     frozen_at: Option<Instant>,
     lease_end: Option<Instant>,
     cancel: Option<String>,
+    /// From the first FIFREEZE on.
+    guarded: Vec<Guarded>,
+    /// Hooks want their thaw.
+    owes_hooks: bool,
     report: Report,
 }
 
 impl Freezing {
     pub(crate) fn new() -> io::Result<Self> {
-        let cancelled = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { inner: Mutex::default(), cancelled })
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        Ok(Self { inner: Mutex::default(), cancelled: eventfd(0, flags)?, begun: eventfd(0, flags)? })
     }
 
     /// Whether filesystems are frozen, or may be.
@@ -105,15 +123,34 @@ impl Freezing {
         }
     }
 
-    /// The lease of a freeze that nobody waits for ends sooner; false if that changes nothing.
-    pub(crate) fn shorten(&self, lease: Duration) -> bool {
-        let mut inner = self.inner.lock();
-        if inner.phase != Phase::Frozen || inner.report.lease.is_none_or(|current| current <= lease) {
-            return false;
+    /// Readable once a freeze has begun, until [`hear`](Self::hear).
+    pub(crate) fn begun(&self) -> BorrowedFd<'_> {
+        self.begun.as_fd()
+    }
+
+    /// Now the main loop knows.
+    pub(crate) fn hear(&self) {
+        let _ = rustix::io::read(&self.begun, &mut [0; 8]);
+    }
+
+    /// The number of the last freeze.
+    pub(crate) fn number(&self) -> u64 {
+        self.inner.lock().report.number
+    }
+
+    /// Tells a new watchdog of what is frozen, if anything is.
+    pub(crate) fn rearm(&self, watchdog: &Watchdog) -> io::Result<()> {
+        let inner = self.inner.lock();
+        if inner.guarded.is_empty() {
+            return Ok(());
         }
-        inner.report.lease = Some(lease);
-        inner.lease_end = Instant::now().checked_add(lease);
-        true
+        watchdog.begin(inner.report.number, inner.owes_hooks)?;
+        for (label, fd) in &inner.guarded {
+            watchdog.hold(label.clone(), fd.as_fd())?;
+        }
+        let now = Instant::now();
+        let left = inner.lease_end.map(|end| end.saturating_duration_since(now));
+        watchdog.arm(inner.report.lease, left)
     }
 
     /// The reply to `tarn-fsfreeze-report`.
@@ -137,8 +174,8 @@ impl Freezing {
 
     // ---- The engine's part ----
 
-    /// A freeze begins.
-    pub(super) fn begin(&self, lease: Option<Duration>) {
+    /// A freeze begins; its number.
+    pub(super) fn begin(&self, lease: Option<Duration>) -> u64 {
         let mut inner = self.inner.lock();
         // Whatever was rung for the last one.
         let _ = rustix::io::read(&self.cancelled, &mut [0; 8]);
@@ -149,11 +186,31 @@ impl Freezing {
             report: Report { number, lease, ..Report::default() },
             ..Inner::default()
         };
+        let _ = rustix::io::write(&self.begun, &1_u64.to_ne_bytes());
+        number
     }
 
-    /// The lease runs.
-    pub(super) fn arm(&self, left: Option<Duration>) {
+    /// Everything is frozen. No cancel comes between: it was in time, or it finds the freeze complete.
+    ///
+    /// # Errors
+    ///
+    /// Why the freeze is to end instead.
+    pub(super) fn complete(&self) -> Result<(), String> {
         let mut inner = self.inner.lock();
+        match inner.cancel.clone() {
+            Some(why) => Err(why),
+            None => {
+                inner.phase = Phase::Frozen;
+                Ok(())
+            }
+        }
+    }
+
+    /// The lease runs, and these may be frozen.
+    pub(super) fn arm(&self, left: Option<Duration>, guarded: Vec<Guarded>, owes_hooks: bool) {
+        let mut inner = self.inner.lock();
+        inner.guarded = guarded;
+        inner.owes_hooks = owes_hooks;
         let now = Instant::now();
         inner.frozen_at.get_or_insert(now);
         inner.lease_end = left.and_then(|left| now.checked_add(left));
@@ -173,6 +230,7 @@ impl Freezing {
         let frozen_for = inner.frozen_at.map(|at| at.elapsed());
         inner.report.frozen_for = inner.report.frozen_for.or(frozen_for);
         inner.report.thawed_by.get_or_insert(cause);
+        inner.guarded.clear();
         inner.lease_end = None;
         inner.phase = Phase::Thawed;
     }

@@ -48,11 +48,20 @@ pub(crate) enum Cause {
     AgentEnds,
     /// The device to the host is gone.
     ChannelLost,
+    /// The client left, or gave up, before it could hear of its freeze.
+    Unheard,
 }
 
 impl Cause {
-    const ALL: [Self; 6] =
-        [Self::Command, Self::Failure, Self::Lease, Self::AgentLost, Self::AgentEnds, Self::ChannelLost];
+    const ALL: [Self; 7] = [
+        Self::Command,
+        Self::Failure,
+        Self::Lease,
+        Self::AgentLost,
+        Self::AgentEnds,
+        Self::ChannelLost,
+        Self::Unheard,
+    ];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -62,6 +71,7 @@ impl Cause {
             Self::AgentLost => "agent-lost",
             Self::AgentEnds => "agent-ends",
             Self::ChannelLost => "channel-lost",
+            Self::Unheard => "unheard",
         }
     }
 
@@ -79,6 +89,8 @@ impl Cause {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Filesystem {
     pub(crate) mountpoint: PathBuf,
+    /// Its `s_dev`.
+    pub(crate) identity: Device,
     pub(crate) device: Device,
     pub(crate) fstype: String,
     pub(crate) writable: bool,
@@ -93,6 +105,8 @@ pub(crate) struct Filesystem {
 pub(crate) struct HookRun {
     pub(crate) program: PathBuf,
     pub(crate) phase: &'static str,
+    /// It ran at all.
+    pub(crate) started: bool,
     pub(crate) error: Option<String>,
     pub(crate) took: Duration,
 }
@@ -105,6 +119,8 @@ pub(crate) struct Report {
     pub(crate) lease: Option<Duration>,
     pub(crate) filesystems: Vec<Filesystem>,
     pub(crate) others: Vec<Other>,
+    /// By an agent that is gone, and nobody watched over it since.
+    pub(crate) unwatched: bool,
     pub(crate) hooks: Vec<HookRun>,
     /// Present once everything is thawed.
     pub(crate) thawed_by: Option<Cause>,
@@ -118,7 +134,8 @@ impl Report {
     /// meanwhile is not consistent.
     pub(crate) fn is_void(&self) -> bool {
         let found_thawed = |filesystem: &Filesystem| filesystem.thaw == Some(Thaw::NotFrozen);
-        self.filesystems.iter().any(found_thawed)
+        self.unwatched
+            || self.filesystems.iter().any(found_thawed)
             || self.thawed_by.is_some_and(Cause::is_behind_the_hosts_back)
     }
 
@@ -215,7 +232,7 @@ const FIELDS: &[Field] = &[
     optional("frozen-ms", Type::Int),
     optional(
         "thawed-by",
-        Type::Enum(&["command", "failure", "lease", "agent-lost", "agent-ends", "channel-lost"]),
+        Type::Enum(&["command", "failure", "lease", "agent-lost", "agent-ends", "channel-lost", "unheard"]),
     ),
     optional("error", Type::Str),
     required(

@@ -195,10 +195,15 @@ fn all_mounts_are_open_before_the_last_mounted_is_frozen_first() {
     let expected: Vec<String> =
         steps.iter().flat_map(|step| order.map(|mountpoint| format!("{step} {mountpoint}"))).collect();
     assert_eq!(*lab.machine.log.borrow(), expected);
-    assert_eq!(
-        lab.orders.take(),
-        ["Begin { hooks: false }", "Hold /v", "Hold /x", "Hold /a/lm", "Hold /a", "Arm { lease: Some(60s) }"]
-    );
+    let orders = [
+        "Begin { number: 1, hooks: false }",
+        "Hold /v",
+        "Hold /x",
+        "Hold /a/lm",
+        "Hold /a",
+        "Arm { lease: Some(60s), left: Some(60s) }",
+    ];
+    assert_eq!(lab.orders.take(), orders);
 }
 
 #[test]
@@ -357,7 +362,7 @@ fn the_lease_is_what_the_client_asks_for_and_zero_is_none() {
         let lease = asked.map(Duration::from_secs);
         lab.freezer.freeze(&Selection { mountpoints: None, lease }).unwrap();
         let orders = lab.orders.take();
-        assert_eq!(orders.last().unwrap(), &format!("Arm {{ lease: {armed} }}"));
+        assert_eq!(orders.last().unwrap(), &format!("Arm {{ lease: {armed}, left: {armed} }}"));
         assert_eq!(lab.report()["lease-ms"], asked.unwrap_or(60) * 1000);
     }
 }
@@ -454,4 +459,47 @@ fn an_agent_that_returns_goes_on_with_what_its_watchdog_held() {
     let report = returned.freezing().report();
     assert_eq!((&report["thawed-by"], &report["void"]), (&json!("agent-lost"), &json!(true)));
     assert_eq!(orders.take().last().unwrap(), "End");
+}
+
+#[test]
+fn a_cancel_that_comes_when_everything_is_frozen_is_in_time_or_finds_the_freeze_complete() {
+    let mut lab = lab();
+    let freezing = Arc::clone(lab.freezer.freezing());
+    // The last one.
+    *lab.machine.on_freeze.borrow_mut() = Some(Box::new(move |path| {
+        if path == Path::new("/a") {
+            freezing.cancel("Enough");
+        }
+    }));
+    assert_eq!(lab.freeze().unwrap_err().to_string(), "Enough");
+    assert_eq!(lab.machine.frozen(), [""; 0]);
+    *lab.machine.on_freeze.borrow_mut() = None;
+    assert_eq!(lab.freeze().unwrap(), 3);
+    assert!(!lab.freezer.freezing().cancel("Too late"));
+    assert!(lab.freezer.is_frozen());
+}
+
+#[test]
+fn a_new_watchdog_is_told_of_what_is_frozen_with_what_is_left_of_the_lease() {
+    let mut lab = lab();
+    let (watchdog, orders) = Watchdog::fake();
+    lab.freezer.freezing().rearm(&watchdog).unwrap();
+    assert_eq!(orders.take(), [""; 0], "nothing is frozen");
+    lab.freeze().unwrap();
+    lab.freezer.freezing().rearm(&watchdog).unwrap();
+    let told = orders.take();
+    assert_eq!(told[..5], lab.orders.take()[..5]);
+    assert!(told[5].starts_with("Arm { lease: Some(60s), left: Some(5"), "{}", told[5]);
+    lab.freezer.thaw().unwrap();
+    lab.freezer.freezing().rearm(&watchdog).unwrap();
+    assert_eq!(orders.take(), [""; 0]);
+}
+
+#[test]
+fn a_freeze_that_nobody_watched_over_is_void() {
+    let lab = lab();
+    fs::write(&lab.machine.state_file, "").unwrap();
+    let (mut freezer, _orders) = freezer(&lab.machine, lab.directory.path(), None);
+    freezer.thaw().unwrap();
+    assert_eq!(freezer.freezing().report()["void"], json!(true));
 }

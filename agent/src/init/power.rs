@@ -22,6 +22,8 @@ const ENDING: Duration = Duration::from_secs(5);
 const DYING: Duration = Duration::from_secs(2);
 /// How long the disks may take to be written and unmounted. A disk that hangs must not keep the
 /// machine from ending.
+/// Longest wait for filesystems to thaw.
+const THAWING: Duration = Duration::from_secs(5);
 const WRITING: Duration = Duration::from_secs(60);
 
 /// Linux `include/uapi/linux/loop.h`.
@@ -56,6 +58,8 @@ pub(super) fn end(ending: Ending, signals: &Signals) {
     if !wait_for_all(ENDING, signals) {
         signal_all(libc::SIGKILL);
         wait_for_all(DYING, signals);
+        // A freeze may have been under way.
+        thaw();
     }
     write_disks();
     let command = match ending {
@@ -68,12 +72,21 @@ pub(super) fn end(ending: Ending, signals: &Signals) {
     }
 }
 
-/// Thaws what an agent may have left frozen.
+/// Thaws what an agent may have left frozen, unless that hangs.
 fn thaw() {
-    match Engine::new(Linux).thaw_others(&[]) {
-        Ok(0) => {}
-        Ok(count) => say!("thawed {count} filesystems"),
-        Err(error) => say!("{}", error.text()),
+    let (done, wait) = mpsc::channel();
+    let thread = std::thread::Builder::new().spawn(move || {
+        let _ = done.send(Engine::new(Linux).thaw_others(&[]));
+    });
+    if let Err(error) = thread {
+        say!("cannot start a thread: {error}");
+        return;
+    }
+    match wait.recv_timeout(THAWING) {
+        Ok(Ok(0)) => {}
+        Ok(Ok(count)) => say!("thawed {count} filesystems"),
+        Ok(Err(error)) => say!("{}", error.text()),
+        Err(_) => say!("a filesystem does not thaw; ending all the same"),
     }
 }
 

@@ -5,13 +5,13 @@
 //!     │  Begin · Hold + descriptor · Arm{lease} · Renew · Thaw · Thawed · End ─▶ │
 //!     │ ◀──────────────────────────────────────────────────────────── Thawed      │
 //!     ✗ killed                                                                    │ lease goes on
-//!   agent, started again ──connects to the abstract socket──────────────────────▶ │
+//!   agent, started again ──connects to the socket in statedir───────────────────▶ │
 //!     │ ◀─────────────────────────────────────── Handover · Held + descriptor · Ready
 //! ```
 //!
 //! It is there before the first FIFREEZE, and holds every descriptor that the agent holds. It thaws when the
 //! lease runs out, or when the agent dies and no other one comes to take its place. An agent that is started
-//! again finds it by an abstract socket, which is named after the state directory, and goes on where its
+//! again finds it by a socket in the state directory, which only its user can reach, and goes on where its
 //! predecessor was: same descriptors, same lease.
 //!
 //! [`state`] decides, [`process`] does, [`wire`] is what they say to each other.
@@ -20,17 +20,18 @@ mod process;
 mod state;
 mod wire;
 
-use std::ffi::OsStr;
-use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen as listen_on, socket_with,
     socketpair, sockopt,
@@ -45,10 +46,10 @@ use crate::signals::unblock_for;
 
 /// The process's own name for itself, by which `main` knows what to be.
 pub(crate) const NAME: &str = "tarn-agent-watchdog";
-/// Longest abstract name, its leading zero not counted.
-const ADDRESS: usize = 107;
+/// Where an agent that returns finds it, in the state directory.
+const SOCKET: &str = "tarn-agent.watchdog";
 /// How long the other end may take to hand over or to take an order.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a former agent left.
 #[derive(Debug)]
@@ -60,8 +61,8 @@ pub(crate) struct Inheritance {
 /// What the watchdog told.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum News {
-    /// It thawed all, for this reason.
-    Thawed(Cause),
+    /// It thawed all, for this reason; the freeze of this number.
+    Thawed { number: u64, cause: Cause },
     /// It is gone.
     Dead,
 }
@@ -79,8 +80,10 @@ pub(crate) struct Watchdog {
 #[derive(Debug)]
 struct Link {
     socket: Arc<OwnedFd>,
-    /// Absent if a former agent started it.
-    child: Option<Child>,
+    /// Counts the processes: what one was told the next one does not know.
+    incarnation: u64,
+    /// Children that may have to be reaped.
+    children: Vec<Child>,
 }
 
 impl Watchdog {
@@ -91,23 +94,35 @@ impl Watchdog {
     /// It cannot be started.
     pub(crate) fn start(statedir: &Path, hooks: Hooks) -> io::Result<(Self, Option<Inheritance>)> {
         let statedir = std::path::absolute(statedir)?;
-        let (link, inheritance) = match adopt(&statedir) {
-            Some((socket, inheritance)) => {
-                (Link { socket: Arc::new(socket), child: None }, Some(inheritance))
+        let (socket, children, inheritance) = match adopt(&statedir) {
+            Some((socket, inheritance)) => (socket, Vec::new(), Some(inheritance)),
+            None => {
+                let (socket, child) = spawn(&statedir, &hooks)?;
+                (socket, vec![child], None)
             }
-            None => (spawn(&statedir, &hooks)?, None),
         };
-        Ok((Self { statedir, hooks, link: Mutex::new(link) }, inheritance))
+        let link = Mutex::new(Link { socket: Arc::new(socket), incarnation: 1, children });
+        Ok((Self { statedir, hooks, link }, inheritance))
     }
 
     /// Another one, in place of one that died.
     pub(crate) fn restart(&self) -> io::Result<()> {
-        let fresh = spawn(&self.statedir, &self.hooks)?;
-        let mut former = std::mem::replace(&mut *self.link.lock(), fresh);
-        if let Some(child) = &mut former.child {
-            let _ = child.try_wait();
-        }
+        let (socket, child) = spawn(&self.statedir, &self.hooks)?;
+        let mut link = self.link.lock();
+        link.socket = Arc::new(socket);
+        link.incarnation += 1;
+        link.children.push(child);
         Ok(())
+    }
+
+    /// Takes the status of those that ended.
+    pub(crate) fn reap(&self) {
+        self.link.lock().children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+    }
+
+    /// Which process this is, of those there were.
+    pub(crate) fn incarnation(&self) -> u64 {
+        self.link.lock().incarnation
     }
 
     /// The socket to wait on for [`news`](Self::news).
@@ -115,19 +130,28 @@ impl Watchdog {
         Arc::clone(&self.link.lock().socket)
     }
 
-    /// What it has to say; to be called when its socket is readable.
+    /// What it has to say, if anything. Never waits.
     pub(crate) fn news(&self) -> Option<News> {
-        match receive_tale(&*self.socket()) {
-            Ok(Packet::Message(Tale::Thawed(cause), _)) => Some(News::Thawed(cause)),
-            Ok(Packet::Message(..)) => None,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => None,
-            Ok(Packet::End) | Err(_) => Some(News::Dead),
+        loop {
+            match receive_tale(&*self.socket()) {
+                Ok(Packet::Message(Tale::Thawed { number, cause }, _)) => {
+                    return Some(News::Thawed { number, cause });
+                }
+                Ok(Packet::Message(..)) => {}
+                Ok(Packet::Nothing) => return None,
+                Ok(Packet::End) | Err(_) => return Some(News::Dead),
+            }
         }
     }
 
     /// A freeze begins; `hooks` if it has hooks that will want their thaw.
-    pub(crate) fn begin(&self, hooks: bool) -> io::Result<()> {
-        self.send(&Order::Begin { hooks })
+    pub(crate) fn begin(&self, number: u64, hooks: bool) -> io::Result<()> {
+        self.send(&Order::Begin { number, hooks })
+    }
+
+    /// A hook runs, with this process group; 0 if none does.
+    pub(crate) fn hook(&self, group: u32) -> io::Result<()> {
+        self.send(&Order::Hook { group })
     }
 
     /// Hold this filesystem.
@@ -135,9 +159,9 @@ impl Watchdog {
         send_order(&*self.socket(), &Order::Hold(label), Some(fd))
     }
 
-    /// From now on filesystems may be frozen, for so long.
-    pub(crate) fn arm(&self, lease: Option<Duration>) -> io::Result<()> {
-        self.send(&Order::Arm { lease })
+    /// From now on filesystems may be frozen, and so much of the lease is left.
+    pub(crate) fn arm(&self, lease: Option<Duration>, left: Option<Duration>) -> io::Result<()> {
+        self.send(&Order::Arm { lease, left })
     }
 
     /// The lease begins anew.
@@ -170,29 +194,40 @@ fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 /// This very binary under another name, with nothing but its socket.
-fn spawn(statedir: &Path, hooks: &Hooks) -> io::Result<Link> {
+fn spawn(statedir: &Path, hooks: &Hooks) -> io::Result<(OwnedFd, Child)> {
     let (ours, theirs) = pair()?;
     let mut command = Command::new("/proc/self/exe");
-    command.arg0(NAME).env_clear().current_dir("/");
+    command.arg0(NAME).current_dir("/");
     command.stdin(Stdio::from(theirs)).stdout(Stdio::null()).stderr(Stdio::null());
     // Not of the agent's group: whoever ends that group must not end this.
     command.process_group(0);
     let child = unblock_for(&mut command).spawn()?;
     sockopt::set_socket_timeout(&ours, sockopt::Timeout::Send, Some(PATIENCE))?;
-    let statedir = statedir.to_string_lossy().into_owned();
-    send_order(&ours, &Order::Configure { statedir, hooks: hooks.clone() }, None)?;
-    Ok(Link { socket: Arc::new(ours), child: Some(child) })
+    let listener = listen(statedir);
+    if let Err(error) = &listener {
+        log::warning(format_args!(
+            "An agent that is started again will not find the watchdog: {}: {error}",
+            statedir.join(SOCKET).display()
+        ));
+    }
+    let configure =
+        Order::Configure { statedir: statedir.to_string_lossy().into_owned(), hooks: hooks.clone() };
+    send_order(&ours, &configure, listener.as_ref().ok().map(AsFd::as_fd))?;
+    Ok((ours, child))
 }
 
 /// The watchdog that a former agent left, and what it holds.
 fn adopt(statedir: &Path) -> Option<(OwnedFd, Inheritance)> {
-    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).ok()?;
-    connect(&socket, &address(statedir).ok()?).ok()?;
+    // Not to wait where somebody else's socket is in its place, with a full queue.
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).ok()?;
+    at_socket(statedir, |address| Ok(connect(&socket, address)?)).ok()?;
     if !same_user(&socket) {
         return None;
     }
-    let timeouts = [sockopt::Timeout::Recv, sockopt::Timeout::Send];
-    timeouts.iter().try_for_each(|id| sockopt::set_socket_timeout(&socket, *id, Some(PATIENCE))).ok()?;
+    rustix::io::ioctl_fionbio(&socket, false).ok()?;
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(PATIENCE)).ok()?;
+    let deadline = Instant::now() + PATIENCE;
     let mut handover = None;
     let mut held = Vec::new();
     loop {
@@ -200,14 +235,15 @@ fn adopt(statedir: &Path) -> Option<(OwnedFd, Inheritance)> {
             Ok(Packet::Message(Tale::Handover(told), _)) => handover = Some(told),
             Ok(Packet::Message(Tale::Held(label), fd)) => held.extend(fd.map(|fd| (label, fd))),
             Ok(Packet::Message(Tale::Ready, _)) => break,
-            Ok(Packet::Message(Tale::Thawed(_), _)) => {}
+            Ok(Packet::Message(Tale::Thawed { .. }, _)) => {}
+            Ok(Packet::Nothing) if is_readable_by(&socket, deadline) => {}
             Ok(Packet::End) => {
                 // It has another agent, which lives.
                 log::warning(format_args!("Another agent uses the state directory {}", statedir.display()));
                 return None;
             }
-            Err(error) => {
-                log::error(format_args!("Cannot take over from a former agent's watchdog: {error}"));
+            Ok(Packet::Nothing) | Err(_) => {
+                log::error(format_args!("A former agent's watchdog does not answer"));
                 return None;
             }
         }
@@ -215,23 +251,35 @@ fn adopt(statedir: &Path) -> Option<(OwnedFd, Inheritance)> {
     Some((socket, Inheritance { handover: handover?, held }))
 }
 
+fn is_readable_by(socket: &OwnedFd, deadline: Instant) -> bool {
+    let rest = deadline.saturating_duration_since(Instant::now());
+    let limit = Timespec {
+        tv_sec: rest.as_secs().try_into().unwrap_or(i64::MAX),
+        tv_nsec: rest.subsec_nanos().into(),
+    };
+    poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&limit)).is_ok_and(|count| count > 0)
+}
+
+/// A socket in the place of what a former one left there. Only the agent's own user may connect.
 fn listen(statedir: &Path) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-    bind(&socket, &address(statedir)?)?;
+    let _ = fs::remove_file(statedir.join(SOCKET));
+    // Before it has a name: the name gets the mode of the socket.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    at_socket(statedir, |address| Ok(bind(&socket, address)?))?;
     listen_on(&socket, 1)?;
     Ok(socket)
 }
 
-/// An abstract address is in no filesystem. Of a long path the end tells more.
-fn address(statedir: &Path) -> io::Result<SocketAddrUnix> {
-    let prefix = format!("{NAME}:");
-    let path = OsStr::as_bytes(statedir.as_os_str());
-    let tail = &path[path.len().saturating_sub(ADDRESS - prefix.len())..];
-    Ok(SocketAddrUnix::new_abstract_name(&[prefix.as_bytes(), tail].concat())?)
+/// A path of any length, by way of a descriptor.
+fn at_socket<T>(statedir: &Path, act: impl FnOnce(&SocketAddrUnix) -> io::Result<T>) -> io::Result<T> {
+    let directory =
+        rustix::fs::open(statedir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let path = format!("/proc/self/fd/{}/{SOCKET}", directory.as_raw_fd());
+    act(&SocketAddrUnix::new(path)?)
 }
 
-/// Anybody may bind or connect to an abstract address.
 fn same_user(socket: impl AsFd) -> bool {
     let peer = sockopt::socket_peercred(&socket);
     peer.is_ok_and(|peer| peer.uid == rustix::process::geteuid())
@@ -250,7 +298,6 @@ pub(crate) mod testing {
     impl Orders {
         /// Since the last call.
         pub(crate) fn take(&self) -> Vec<String> {
-            rustix::io::ioctl_fionbio(&self.0, true).unwrap();
             let mut orders = Vec::new();
             while let Ok(Packet::Message(order, _)) = receive_order(&self.0) {
                 orders.push(match order {
@@ -265,11 +312,8 @@ pub(crate) mod testing {
     impl Watchdog {
         pub(crate) fn fake() -> (Self, Orders) {
             let (ours, theirs) = pair().unwrap();
-            let link = Link { socket: Arc::new(ours), child: None };
-            (
-                Self { statedir: PathBuf::new(), hooks: Hooks::default(), link: Mutex::new(link) },
-                Orders(theirs),
-            )
+            let link = Mutex::new(Link { socket: Arc::new(ours), incarnation: 1, children: Vec::new() });
+            (Self { statedir: PathBuf::new(), hooks: Hooks::default(), link }, Orders(theirs))
         }
     }
 }

@@ -1,100 +1,140 @@
-//! The watchdog process itself: one thread, one poll, memory locked.
+//! The watchdog process itself: one loop, memory locked.
 //!
 //! It is started before anything is frozen and reads and writes no file while anything is: what it needs is
-//! in its memory, what it says goes through sockets.
+//! in its memory, what it says goes through sockets. What may hang has a thread of its own: each FITHAW, because a
+//! dead disk must not hold up the others, and the hooks, once all is thawed.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::mpsc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::mm::{MlockAllFlags, mlockall};
-use rustix::net::SocketFlags;
+use rustix::net::{SocketFlags, sockopt};
 
 use super::state::{Action, Input, Watch};
 use super::wire::{Order, Packet, Tale, receive_order, send_tale};
-use super::{listen, same_user};
-use crate::freeze::{Hooks, Label, remove_state_file, thaw_fully};
+use super::{PATIENCE, same_user};
+use crate::freeze::{Hooks, Label, kill_group, remove_state_file, thaw_fully};
 use crate::signals::Signals;
 
-/// How long a round of FITHAWs is waited for: one that hangs in a dead disk must not hold up the rest.
-const ROUND: Duration = Duration::from_secs(2);
-/// Each FITHAW has a thread of its own, which needs next to nothing.
+/// A FITHAW needs next to nothing.
 const STACK: usize = 64 << 10;
 
 /// Serves the agent at the other end of standard input until it is needed no more.
 pub(crate) fn run() -> ExitCode {
     // An orphan must be found by nobody who is short of memory.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
-    let Ok(agent) = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) else {
-        return ExitCode::FAILURE;
-    };
-    let Ok(signals) = Signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP]) else {
-        return ExitCode::FAILURE;
-    };
-    // Not allowed everywhere; then it works as long as nothing has to be swapped in.
-    let _ = mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE);
-    Process {
-        agent: Some(agent),
-        signals,
-        listener: None,
-        statedir: PathBuf::new(),
-        hooks: Hooks::default(),
-        watch: Watch::default(),
-        held: Vec::new(),
-        over: false,
+    match Process::new() {
+        Ok(mut process) => {
+            // Not allowed everywhere; then it works as long as nothing has to be swapped in.
+            let _ = mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE);
+            process.serve();
+            ExitCode::SUCCESS
+        }
+        // Nobody would read it.
+        Err(_) => ExitCode::FAILURE,
     }
-    .serve();
-    ExitCode::SUCCESS
 }
+
+/// A filesystem held, and how far its thaw is.
+struct Held {
+    label: Label,
+    fd: Arc<OwnedFd>,
+    thaw: Arc<AtomicU8>,
+}
+
+/// Nobody has tried, or it failed.
+const IDLE: u8 = 0;
+/// A thread is at it.
+const BUSY: u8 = 1;
+/// The kernel says that it is not frozen.
+const THAWED: u8 = 2;
+/// It is held no more: a thread that is still at it must not touch it again.
+const LET_GO: u8 = 3;
 
 struct Process {
     // Wiring.
     agent: Option<OwnedFd>,
     signals: Signals,
+    /// A FITHAW has come back.
+    came_back: Arc<OwnedFd>,
     /// Where an agent that returns finds this.
     listener: Option<OwnedFd>,
     // Fixed configuration, from the agent's first words.
+    configured: bool,
     statedir: PathBuf,
     hooks: Hooks,
     // Volatile state.
     watch: Watch,
-    held: Vec<(Label, Arc<OwnedFd>)>,
+    held: Vec<Held>,
+    /// The hook that the agent runs.
+    hook_group: u32,
+    /// The hooks that this runs in its place.
+    running_hooks: Option<JoinHandle<()>>,
     over: bool,
 }
 
 impl Process {
+    fn new() -> io::Result<Self> {
+        let agent = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
+        sockopt::set_socket_timeout(&agent, sockopt::Timeout::Send, Some(PATIENCE))?;
+        Ok(Self {
+            agent: Some(agent),
+            signals: Signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])?,
+            came_back: Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?),
+            listener: None,
+            configured: false,
+            statedir: PathBuf::new(),
+            hooks: Hooks::default(),
+            watch: Watch::default(),
+            held: Vec::new(),
+            hook_group: 0,
+            running_hooks: None,
+            over: false,
+        })
+    }
+
     fn serve(&mut self) {
         while !self.over {
-            let Ok([agent, listener, signals]) = self.wait() else { return };
+            let Ok([agent, listener, signals, came_back]) = self.wait() else { break };
             if signals {
                 while self.signals.next().is_some() {
                     self.on(Input::Terminate);
                 }
             }
             if agent {
-                self.take_order();
+                // All of them: an agent that has died must be known to have, before the next one is looked at.
+                while self.take_order() {}
             }
             if listener {
                 self.accept();
+            }
+            if came_back {
+                let _ = rustix::io::read(&*self.came_back, &mut [0; 8]);
+                self.look_after_thaws();
             }
             if self.watch.next_tick().is_some_and(|tick| tick <= Instant::now()) {
                 self.on(Input::Tick);
             }
         }
+        if let Some(hooks) = self.running_hooks.take() {
+            let _ = hooks.join();
+        }
     }
 
-    /// Sleeps; which of agent, listener and signals have something.
-    fn wait(&self) -> io::Result<[bool; 3]> {
-        let sources: [Option<BorrowedFd<'_>>; 3] = [
+    /// Sleeps; which of agent, listener, signals and thaws have something.
+    fn wait(&self) -> io::Result<[bool; 4]> {
+        let sources: [Option<BorrowedFd<'_>>; 4] = [
             self.agent.as_ref().map(AsFd::as_fd),
             self.listener.as_ref().map(AsFd::as_fd),
             Some(self.signals.as_fd()),
+            Some(self.came_back.as_fd()),
         ];
         let mut fds: Vec<PollFd<'_>> =
             sources.iter().flatten().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
@@ -113,48 +153,61 @@ impl Process {
         Ok(sources.map(|source| source.is_some() && ready.next().unwrap_or(false)))
     }
 
-    fn take_order(&mut self) {
-        let Some(agent) = &self.agent else { return };
-        let input = match receive_order(agent) {
-            Ok(Packet::Message(order, fd)) => match order {
-                Order::Configure { statedir, hooks } => {
-                    self.listener = listen(Path::new(&statedir)).ok();
-                    self.statedir = statedir.into();
-                    self.hooks = hooks;
-                    return;
-                }
-                Order::Hold(label) => {
-                    self.held.extend(fd.map(|fd| (label, Arc::new(fd))));
-                    return;
-                }
-                Order::Begin { hooks } => Input::Begin { hooks },
-                Order::Arm { lease } => Input::Arm { lease },
-                Order::Renew => Input::Renew,
-                Order::Thaw(cause) => Input::Thaw(cause),
-                Order::Thawed(cause) => Input::Thawed(cause),
-                Order::End => Input::End,
-            },
+    /// False if there is none.
+    fn take_order(&mut self) -> bool {
+        let Some(agent) = &self.agent else { return false };
+        let (order, fd) = match receive_order(agent) {
+            Ok(Packet::Message(order, fd)) => (order, fd),
+            Ok(Packet::Nothing) => return false,
             Ok(Packet::End) | Err(_) => {
                 self.agent = None;
-                Input::AgentGone
+                self.on(Input::AgentGone);
+                return false;
             }
         };
+        let input = match order {
+            Order::Configure { statedir, hooks } => {
+                // Only from whoever started this.
+                if !std::mem::replace(&mut self.configured, true) {
+                    self.listener = fd;
+                    self.statedir = statedir.into();
+                    self.hooks = hooks;
+                }
+                return true;
+            }
+            Order::Hold(label) => {
+                let thaw = || Arc::new(AtomicU8::new(IDLE));
+                self.held.extend(fd.map(|fd| Held { label, fd: Arc::new(fd), thaw: thaw() }));
+                return true;
+            }
+            Order::Hook { group } => {
+                self.hook_group = group;
+                return true;
+            }
+            Order::Begin { number, hooks } => Input::Begin { number, hooks },
+            Order::Arm { lease, left } => Input::Arm { lease, left },
+            Order::Renew => Input::Renew,
+            Order::Thaw(cause) => Input::Thaw(cause),
+            Order::Thawed(cause) => Input::Thawed(cause),
+            Order::End => Input::End,
+        };
         self.on(input);
+        true
     }
 
     fn accept(&mut self) {
         let Some(listener) = &self.listener else { return };
         let Ok(peer) = rustix::net::accept_with(listener, SocketFlags::CLOEXEC) else { return };
-        if !same_user(&peer) {
+        let timed = sockopt::set_socket_timeout(&peer, sockopt::Timeout::Send, Some(PATIENCE));
+        if timed.is_err() || !same_user(&peer) || has_left(&peer) {
             return;
         }
         for action in self.watch.on(Input::AgentBack, Instant::now()) {
             if action == Action::HandOver {
                 self.hand_over(&peer);
+                self.agent = Some(peer);
+                return;
             }
-        }
-        if self.agent.is_none() {
-            self.agent = Some(peer);
         }
     }
 
@@ -162,8 +215,9 @@ impl Process {
     fn hand_over(&self, peer: &OwnedFd) {
         let handover = Tale::Handover(self.watch.handover(Instant::now()));
         let mut sent = send_tale(peer, &handover, None);
-        for (label, fd) in &self.held {
-            sent = sent.and_then(|()| send_tale(peer, &Tale::Held(label.clone()), Some(fd.as_fd())));
+        for held in &self.held {
+            sent =
+                sent.and_then(|()| send_tale(peer, &Tale::Held(held.label.clone()), Some(held.fd.as_fd())));
         }
         let _ = sent.and_then(|()| send_tale(peer, &Tale::Ready, None));
     }
@@ -172,18 +226,17 @@ impl Process {
         for action in self.watch.on(input, Instant::now()) {
             match action {
                 Action::Thaw => self.thaw(),
-                Action::Tell(cause) => {
+                Action::Tell { number, cause } => {
                     if let Some(agent) = &self.agent {
-                        let _ = send_tale(agent, &Tale::Thawed(cause), None);
+                        let _ = send_tale(agent, &Tale::Thawed { number, cause }, None);
                     }
                 }
-                Action::Release => self.held.clear(),
-                Action::Finish { hooks } => {
-                    remove_state_file(&self.statedir);
-                    if hooks {
-                        self.hooks.thaw(&self.hooks.programs(), |_| {});
+                Action::Release => {
+                    for held in self.held.drain(..) {
+                        held.thaw.store(LET_GO, Ordering::Release);
                     }
                 }
+                Action::Finish { hooks } => self.finish(hooks),
                 // Where the agent is at hand.
                 Action::HandOver | Action::Refuse => {}
                 Action::Exit => self.over = true,
@@ -191,29 +244,49 @@ impl Process {
         }
     }
 
-    /// Thaws everything at the same time, the last one frozen (and held) first.
-    fn thaw(&self) {
-        let (done, wait) = mpsc::channel();
-        let mut started = 0;
-        for (_, fd) in self.held.iter().rev() {
-            let (fd, done) = (Arc::clone(fd), done.clone());
-            let own = Arc::clone(&fd);
+    /// Starts a thread for everything that is not known to be thawed and has none yet.
+    fn thaw(&mut self) {
+        for held in &self.held {
+            let free = held.thaw.compare_exchange(IDLE, BUSY, Ordering::AcqRel, Ordering::Acquire);
+            if free.is_err() {
+                continue;
+            }
+            let (fd, thaw, bell) =
+                (Arc::clone(&held.fd), Arc::clone(&held.thaw), Arc::clone(&self.came_back));
             let thread = thread::Builder::new().stack_size(STACK).spawn(move || {
-                thaw_fully(&*fd);
-                let _ = done.send(());
+                let done = thaw_fully(&*fd, || thaw.load(Ordering::Acquire) == BUSY);
+                let outcome = if done { THAWED } else { IDLE };
+                let _ = thaw.compare_exchange(BUSY, outcome, Ordering::AcqRel, Ordering::Acquire);
+                let _ = rustix::io::write(&*bell, &1_u64.to_ne_bytes());
             });
-            match thread {
-                Ok(_) => started += 1,
-                // Better late than never.
-                Err(_) => thaw_fully(&*own),
+            if thread.is_err() {
+                // The next attempt is not far.
+                held.thaw.store(IDLE, Ordering::Release);
             }
         }
-        let deadline = Instant::now() + ROUND;
-        for _ in 0..started {
-            let rest = deadline.saturating_duration_since(Instant::now());
-            if wait.recv_timeout(rest).is_err() {
-                return;
-            }
+        self.look_after_thaws();
+    }
+
+    fn look_after_thaws(&mut self) {
+        if self.held.iter().all(|held| held.thaw.load(Ordering::Acquire) == THAWED) {
+            self.on(Input::AllThawed);
         }
     }
+
+    /// Nothing is frozen any more, and there is no agent.
+    fn finish(&mut self, hooks: bool) {
+        kill_group(std::mem::take(&mut self.hook_group));
+        remove_state_file(&self.statedir);
+        if hooks {
+            let hooks = self.hooks.clone();
+            let run = move || hooks.thaw(&hooks.programs(), |_| {});
+            self.running_hooks = thread::Builder::new().spawn(run).ok();
+        }
+    }
+}
+
+/// Whether the other end is closed already.
+fn has_left(peer: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(peer, PollFlags::empty())];
+    poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().contains(PollFlags::HUP)
 }

@@ -2,13 +2,13 @@
 //!
 //! ```text
 //!            Begin          Arm               lease over
-//!   idle ─────────▶ begun ───────▶ watching ─────────────▶ thawed   tells the agent, tries again until End
-//!    ▲                │              │   ▲                   ▲
-//!    │ End            │    agent gone│   │ agent back        │ lease over, or the agent does not return
-//!    └──(from any)    │              ▼   │                   │
-//!                     │           orphaned ──────────────────┘   runs the hooks, removes the state file,
-//!                     │ agent gone                               waits a while to tell a returning agent
-//!                     ▼
+//!   idle ─────────▶ begun ───────▶ watching ─────────────▶ thawing   tells the agent, tries again until End
+//!    ▲                │              │   ▲                    ▲
+//!    │ End            │    agent gone│   │ agent back         │ lease over, or the agent does not return
+//!    └──(from any)    │              ▼   │                    │
+//!                     │           orphaned ───────────────────┘   tries again until all is thawed; then removes the
+//!                     │ agent gone                                state file, runs the hooks, and waits a while to
+//!                     ▼                                           tell a returning agent
 //!                    exit, after the hooks
 //! ```
 
@@ -19,7 +19,7 @@ use crate::freeze::Cause;
 
 /// How long an agent that died may take to return.
 pub(super) const RETURN: Duration = Duration::from_secs(10);
-/// Pause between two attempts to thaw what is being frozen while the lease runs out.
+/// Pause between two attempts to thaw: one may be in the way of another's freeze, or of an error.
 const RETRY: Duration = Duration::from_secs(1);
 /// How long the news of a thaw is kept for an agent that returns.
 const NEWS: Duration = Duration::from_secs(600);
@@ -28,10 +28,12 @@ const NEWS: Duration = Duration::from_secs(600);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Input {
     Begin {
+        number: u64,
         hooks: bool,
     },
     Arm {
         lease: Option<Duration>,
+        left: Option<Duration>,
     },
     Renew,
     Thaw(Cause),
@@ -43,6 +45,8 @@ pub(super) enum Input {
     AgentBack,
     /// SIGTERM or SIGINT.
     Terminate,
+    /// Of everything held the kernel says that it is not frozen.
+    AllThawed,
     /// Time has passed.
     Tick,
 }
@@ -50,21 +54,20 @@ pub(super) enum Input {
 /// What to do about it, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
-    /// FITHAW everything held.
+    /// FITHAW everything held, until [`Input::AllThawed`].
     Thaw,
     /// Tell the agent that it was done.
-    Tell(Cause),
+    Tell { number: u64, cause: Cause },
     /// Close the descriptors held.
     Release,
     /// What the agent would have done after the thaw: remove the state file, and run the hooks if they
     /// want their thaw.
-    Finish {
-        hooks: bool,
-    },
+    Finish { hooks: bool },
     /// Tell the agent that returned.
     HandOver,
     /// There is an agent already.
     Refuse,
+    /// When the hooks are through.
     Exit,
 }
 
@@ -72,6 +75,8 @@ pub(super) enum Action {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Watch {
     orphaned: bool,
+    /// A signal said so.
+    ending: bool,
     freeze: Option<Freeze>,
     /// When an agent that died counts as lost.
     return_by: Option<Instant>,
@@ -81,26 +86,32 @@ pub(super) struct Watch {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Freeze {
+    number: u64,
     hooks: bool,
     armed: bool,
     lease: Option<Duration>,
     deadline: Option<Instant>,
     thawed: Option<Cause>,
     retry_at: Option<Instant>,
+    /// The agent knows that all is thawed.
+    told: bool,
+    /// An orphan has done all there is to do.
+    finished: bool,
 }
 
 impl Watch {
     pub(super) fn on(&mut self, input: Input, now: Instant) -> Vec<Action> {
         match input {
-            Input::Begin { hooks } => {
-                self.freeze = Some(Freeze { hooks, ..Freeze::default() });
+            Input::Begin { number, hooks } => {
+                self.freeze = Some(Freeze { number, hooks, ..Freeze::default() });
                 vec![Action::Release]
             }
-            Input::Arm { lease } => {
-                let freeze = self.freeze.get_or_insert_default();
-                freeze.armed = true;
-                freeze.lease = lease;
-                freeze.deadline = lease.and_then(|lease| now.checked_add(lease));
+            Input::Arm { lease, left } => {
+                if let Some(freeze) = &mut self.freeze {
+                    freeze.armed = true;
+                    freeze.lease = lease;
+                    freeze.deadline = left.and_then(|left| now.checked_add(left));
+                }
                 vec![]
             }
             Input::Renew => {
@@ -109,14 +120,7 @@ impl Watch {
                 }
                 vec![]
             }
-            Input::Thaw(cause) => match &mut self.freeze {
-                Some(freeze) => {
-                    freeze.thawed.get_or_insert(cause);
-                    freeze.retry_at = Some(now + RETRY);
-                    vec![Action::Thaw]
-                }
-                None => vec![],
-            },
+            Input::Thaw(cause) => self.thaw(cause, now),
             Input::Thawed(cause) => {
                 if let Some(freeze) = &mut self.freeze {
                     freeze.thawed.get_or_insert(cause);
@@ -131,35 +135,75 @@ impl Watch {
             Input::AgentGone => self.agent_gone(now),
             Input::AgentBack if !self.orphaned => vec![Action::Refuse],
             Input::AgentBack => {
-                *self = Self { orphaned: false, return_by: None, exit_at: None, freeze: self.freeze.take() };
+                self.orphaned = false;
+                (self.return_by, self.exit_at) = (None, None);
                 vec![Action::HandOver]
             }
-            Input::Terminate if !self.orphaned => vec![],
-            Input::Terminate => match &self.freeze {
-                Some(freeze) if freeze.thawed.is_none() => {
-                    vec![Action::Thaw, Action::Finish { hooks: freeze.hooks }, Action::Exit]
-                }
-                _ => vec![Action::Exit],
-            },
+            Input::Terminate => {
+                self.ending = true;
+                if self.orphaned { self.end(now) } else { vec![] }
+            }
+            Input::AllThawed => self.all_thawed(now),
             Input::Tick => self.tick(now),
         }
     }
 
-    /// Whatever call of the agent was under way has ended when its socket closes: one thaw is enough.
+    fn thaw(&mut self, cause: Cause, now: Instant) -> Vec<Action> {
+        let Some(freeze) = &mut self.freeze else { return vec![] };
+        freeze.thawed.get_or_insert(cause);
+        freeze.retry_at = Some(now + RETRY);
+        vec![Action::Thaw]
+    }
+
+    /// Whatever call of the agent was under way has ended when its socket closes.
     fn agent_gone(&mut self, now: Instant) -> Vec<Action> {
         if std::mem::replace(&mut self.orphaned, true) {
             return vec![];
         }
+        if self.ending {
+            return self.end(now);
+        }
         let Some(freeze) = &mut self.freeze else { return vec![Action::Exit] };
         if !freeze.armed {
-            return vec![Action::Finish { hooks: freeze.hooks }, Action::Exit];
+            return vec![Action::Finish { hooks: std::mem::take(&mut freeze.hooks) }, Action::Exit];
         }
-        if freeze.thawed.is_some() {
-            return self.finish(now);
+        if let Some(cause) = freeze.thawed {
+            return self.thaw(cause, now);
         }
         // Without a lease the agent, or who takes its place, has all the time there is.
         self.return_by = freeze.lease.and_then(|_| now.checked_add(RETURN));
         vec![]
+    }
+
+    /// Told to end, and there is no agent to see to the freeze.
+    fn end(&mut self, now: Instant) -> Vec<Action> {
+        match &self.freeze {
+            None => vec![Action::Exit],
+            Some(freeze) if freeze.finished => vec![Action::Exit],
+            Some(_) => self.thaw(Cause::AgentLost, now),
+        }
+    }
+
+    fn all_thawed(&mut self, now: Instant) -> Vec<Action> {
+        let Some(freeze) = &mut self.freeze else { return vec![] };
+        let Some(cause) = freeze.thawed else { return vec![] };
+        if std::mem::replace(&mut freeze.finished, true) {
+            return vec![];
+        }
+        if !self.orphaned {
+            // Its first attempt may have failed where this one did not.
+            freeze.finished = false;
+            let news = std::mem::replace(&mut freeze.told, true);
+            return if news { vec![] } else { vec![Action::Tell { number: freeze.number, cause }] };
+        }
+        freeze.retry_at = None;
+        self.return_by = None;
+        self.exit_at = Some(now + NEWS);
+        let mut actions = vec![Action::Release, Action::Finish { hooks: std::mem::take(&mut freeze.hooks) }];
+        if self.ending {
+            actions.push(Action::Exit);
+        }
+        actions
     }
 
     fn tick(&mut self, now: Instant) -> Vec<Action> {
@@ -167,35 +211,21 @@ impl Watch {
         if is_over(self.exit_at) {
             return vec![Action::Exit];
         }
-        let Some(freeze) = &mut self.freeze else { return vec![] };
-        if freeze.thawed.is_some() {
-            if is_over(freeze.retry_at) {
-                freeze.retry_at = Some(now + RETRY);
-                return vec![Action::Thaw];
-            }
-            return vec![];
+        let Some(freeze) = &self.freeze else { return vec![] };
+        if let Some(cause) = freeze.thawed {
+            return if is_over(freeze.retry_at) { self.thaw(cause, now) } else { vec![] };
         }
         let cause = match (is_over(freeze.deadline), is_over(self.return_by)) {
             (true, _) => Cause::Lease,
             (false, true) => Cause::AgentLost,
             (false, false) => return vec![],
         };
-        freeze.thawed = Some(cause);
-        if self.orphaned {
-            return self.finish(now);
+        let number = freeze.number;
+        let mut actions = self.thaw(cause, now);
+        if !self.orphaned {
+            actions.push(Action::Tell { number, cause });
         }
-        freeze.retry_at = Some(now + RETRY);
-        vec![Action::Thaw, Action::Tell(cause)]
-    }
-
-    fn finish(&mut self, now: Instant) -> Vec<Action> {
-        let hooks = self.freeze.as_mut().is_some_and(|freeze| {
-            freeze.retry_at = None;
-            std::mem::take(&mut freeze.hooks)
-        });
-        self.return_by = None;
-        self.exit_at = Some(now + NEWS);
-        vec![Action::Thaw, Action::Finish { hooks }]
+        actions
     }
 
     /// When [`Input::Tick`] is next needed.
@@ -228,6 +258,7 @@ mod tests {
     use super::*;
 
     const LEASE: Duration = Duration::from_secs(60);
+    const FINISH: [Action; 2] = [Action::Release, Action::Finish { hooks: true }];
 
     struct Clock {
         watch: Watch,
@@ -264,8 +295,8 @@ mod tests {
 
         fn frozen(lease: Option<Duration>) -> Self {
             let mut clock = Self::new();
-            clock.on(Input::Begin { hooks: true });
-            clock.on(Input::Arm { lease });
+            clock.on(Input::Begin { number: 1, hooks: true });
+            clock.on(Input::Arm { lease, left: lease });
             clock
         }
     }
@@ -274,7 +305,10 @@ mod tests {
     fn a_lease_that_runs_out_thaws_and_says_so_until_the_agent_has_seen_to_it() {
         let mut clock = Clock::frozen(Some(LEASE));
         assert_eq!(clock.pass(LEASE - Duration::from_millis(1)), []);
-        assert_eq!(clock.pass(Duration::from_millis(1)), [Action::Thaw, Action::Tell(Cause::Lease)]);
+        assert_eq!(
+            clock.pass(Duration::from_millis(1)),
+            [Action::Thaw, Action::Tell { number: 1, cause: Cause::Lease }]
+        );
         assert_eq!(clock.pass(Duration::from_secs(2)), [Action::Thaw, Action::Thaw]);
         assert_eq!(clock.on(Input::End), [Action::Release]);
         assert_eq!(clock.watch.next_tick(), None);
@@ -300,7 +334,10 @@ mod tests {
         assert_eq!((handover.lease, handover.left), (Some(LEASE), Some(LEASE - RETURN / 2)));
         assert_eq!(clock.pass(RETURN * 2), []);
         clock.on(Input::AgentGone);
-        assert_eq!(clock.pass(RETURN), [Action::Thaw, Action::Finish { hooks: true }]);
+        assert_eq!(clock.pass(RETURN), [Action::Thaw]);
+        assert_eq!(clock.pass(Duration::from_secs(1)), [Action::Thaw], "it hangs");
+        assert_eq!(clock.on(Input::AllThawed), FINISH);
+        assert_eq!(clock.on(Input::AllThawed), []);
         assert_eq!(clock.watch.handover(clock.now).thawed, Some(Cause::AgentLost));
         assert_eq!(clock.pass(NEWS), [Action::Exit]);
     }
@@ -309,7 +346,8 @@ mod tests {
     fn a_lease_shorter_than_the_wait_for_the_agent_wins() {
         let mut clock = Clock::frozen(Some(Duration::from_secs(1)));
         clock.on(Input::AgentGone);
-        assert_eq!(clock.pass(Duration::from_secs(1)), [Action::Thaw, Action::Finish { hooks: true }]);
+        assert_eq!(clock.pass(Duration::from_secs(1)), [Action::Thaw]);
+        assert_eq!(clock.on(Input::AllThawed), FINISH);
         assert_eq!(clock.on(Input::AgentBack), [Action::HandOver]);
         let handover = clock.watch.handover(clock.now);
         assert_eq!((handover.thawed, handover.hooks), (Some(Cause::Lease), false));
@@ -327,17 +365,21 @@ mod tests {
     fn an_agent_that_dies_thawed_by_the_lease_has_its_hooks_run_for_it() {
         let mut clock = Clock::frozen(Some(LEASE));
         clock.pass(LEASE);
-        assert_eq!(clock.on(Input::AgentGone), [Action::Thaw, Action::Finish { hooks: true }]);
+        assert_eq!(clock.on(Input::AllThawed), [Action::Tell { number: 1, cause: Cause::Lease }]);
+        assert_eq!(clock.on(Input::AllThawed), [], "the agent sees to the rest");
+        assert_eq!(clock.on(Input::AgentGone), [Action::Thaw]);
+        assert_eq!(clock.on(Input::AllThawed), FINISH);
     }
 
     #[test]
     fn an_agent_that_dies_within_its_hooks_has_frozen_nothing() {
         let mut clock = Clock::new();
-        clock.on(Input::Begin { hooks: true });
+        clock.on(Input::Begin { number: 1, hooks: true });
         assert_eq!(clock.on(Input::AgentGone), [Action::Finish { hooks: true }, Action::Exit]);
         let mut clock = Clock::frozen(Some(LEASE));
         clock.on(Input::Thawed(Cause::Command));
-        assert_eq!(clock.on(Input::AgentGone), [Action::Thaw, Action::Finish { hooks: true }]);
+        assert_eq!(clock.on(Input::AgentGone), [Action::Thaw]);
+        assert_eq!(clock.on(Input::AllThawed), FINISH);
     }
 
     #[test]
@@ -367,7 +409,24 @@ mod tests {
         let mut clock = Clock::frozen(None);
         assert_eq!(clock.on(Input::Terminate), []);
         clock.on(Input::AgentGone);
-        assert_eq!(clock.on(Input::Terminate), [Action::Thaw, Action::Finish { hooks: true }, Action::Exit]);
+        assert_eq!(clock.on(Input::Terminate), [Action::Thaw]);
+        let end = [Action::Release, Action::Finish { hooks: true }, Action::Exit];
+        assert_eq!(clock.on(Input::AllThawed), end);
+    }
+
+    #[test]
+    fn a_signal_that_came_while_the_agent_lived_is_not_forgotten() {
+        let mut clock = Clock::frozen(Some(LEASE));
+        clock.on(Input::Terminate);
+        assert_eq!(clock.on(Input::AgentGone), [Action::Thaw]);
+        assert!(clock.on(Input::AllThawed).contains(&Action::Exit));
+    }
+
+    #[test]
+    fn what_belongs_to_no_freeze_begins_none() {
+        let mut clock = Clock::new();
+        clock.on(Input::Arm { lease: Some(LEASE), left: Some(LEASE) });
+        assert_eq!(clock.pass(LEASE * 2), []);
     }
 
     #[test]
@@ -386,7 +445,7 @@ mod tests {
             let mut clock = Clock::frozen(Some(LEASE));
             let (mut since, mut thawed) = (clock.now, false);
             for _ in 0..20 {
-                let actions = match random(7) {
+                let actions = match random(8) {
                     0 => clock.on(Input::AgentGone),
                     1 => clock.on(Input::AgentBack),
                     2 => {
@@ -398,6 +457,7 @@ mod tests {
                     }
                     3 => clock.on(Input::Terminate),
                     4 => clock.on(Input::Tick),
+                    5 if thawed => clock.on(Input::AllThawed),
                     _ => clock.pass(Duration::from_millis(random(20_000))),
                 };
                 thawed |= actions.contains(&Action::Thaw);

@@ -20,14 +20,16 @@ const PACKET: usize = 32 << 10;
 /// From the agent.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Order {
-    /// Whom this watches: first, and once.
+    /// Whom this watches: first, and once. The socket where an agent that returns finds it comes along.
     Configure { statedir: String, hooks: Hooks },
-    /// A freeze begins; `hooks` if there are hooks that will want their thaw.
-    Begin { hooks: bool },
+    /// A freeze begins, the agent's so-and-so-manieth; `hooks` if there are hooks that will want their thaw.
+    Begin { number: u64, hooks: bool },
+    /// A hook runs, with this process group; 0 if none does.
+    Hook { group: u32 },
     /// Hold this filesystem; its descriptor comes along.
     Hold(Label),
-    /// From now on filesystems may be frozen, and the lease runs; `None` is for ever.
-    Arm { lease: Option<Duration> },
+    /// From now on filesystems may be frozen, and the lease runs, with so much left of it; `None` is for ever.
+    Arm { lease: Option<Duration>, left: Option<Duration> },
     /// The lease begins anew.
     Renew,
     /// Thaw all, now and until the end.
@@ -41,8 +43,8 @@ pub(crate) enum Order {
 /// From the watchdog.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Tale {
-    /// It thawed all, for this reason, and nobody had asked.
-    Thawed(Cause),
+    /// It thawed all, for this reason, and nobody had asked; the freeze of this number.
+    Thawed { number: u64, cause: Cause },
     /// To an agent that returned: how things are. The filesystems held follow.
     Handover(Handover),
     /// One of them; its descriptor comes along.
@@ -67,6 +69,8 @@ pub(crate) struct Handover {
 #[derive(Debug)]
 pub(crate) enum Packet<T> {
     Message(T, Option<OwnedFd>),
+    /// Nothing yet.
+    Nothing,
     /// The other end is closed.
     End,
 }
@@ -77,9 +81,12 @@ impl Order {
             Self::Configure { statedir, hooks } => {
                 json!({"configure": {"statedir": statedir, "hooks": hooks.to_json()}})
             }
-            Self::Begin { hooks } => json!({"begin": hooks}),
+            Self::Begin { number, hooks } => json!({"begin": {"number": number, "hooks": hooks}}),
+            Self::Hook { group } => json!({"hook": group}),
             Self::Hold(label) => json!({"hold": label.to_json()}),
-            Self::Arm { lease } => json!({"arm": lease.map(milliseconds)}),
+            Self::Arm { lease, left } => {
+                json!({"arm": {"lease": lease.map(milliseconds), "left": left.map(milliseconds)}})
+            }
             Self::Renew => json!({"renew": true}),
             Self::Thaw(cause) => json!({"thaw": cause.name()}),
             Self::Thawed(cause) => json!({"thawed": cause.name()}),
@@ -94,9 +101,10 @@ impl Order {
                 statedir: value["statedir"].as_str()?.to_owned(),
                 hooks: Hooks::from_json(&value["hooks"]),
             },
-            "begin" => Self::Begin { hooks: value.as_bool()? },
+            "begin" => Self::Begin { number: value["number"].as_u64()?, hooks: value["hooks"].as_bool()? },
+            "hook" => Self::Hook { group: u32::try_from(value.as_u64()?).ok()? },
             "hold" => Self::Hold(Label::from_json(value)?),
-            "arm" => Self::Arm { lease: value.as_u64().map(Duration::from_millis) },
+            "arm" => Self::Arm { lease: duration(&value["lease"]), left: duration(&value["left"]) },
             "renew" => Self::Renew,
             "thaw" => Self::Thaw(Cause::by_name(value.as_str()?)?),
             "thawed" => Self::Thawed(Cause::by_name(value.as_str()?)?),
@@ -109,7 +117,7 @@ impl Order {
 impl Tale {
     fn encode(&self) -> Value {
         match self {
-            Self::Thawed(cause) => json!({"thawed": cause.name()}),
+            Self::Thawed { number, cause } => json!({"thawed": {"number": number, "cause": cause.name()}}),
             Self::Handover(handover) => {
                 let Handover { armed, lease, left, hooks, thawed } = handover;
                 json!({"handover": {
@@ -128,11 +136,14 @@ impl Tale {
     fn decode(message: &Value) -> Option<Self> {
         let (name, value) = message.as_object()?.iter().next()?;
         Some(match name.as_str() {
-            "thawed" => Self::Thawed(Cause::by_name(value.as_str()?)?),
+            "thawed" => Self::Thawed {
+                number: value["number"].as_u64()?,
+                cause: Cause::by_name(value["cause"].as_str()?)?,
+            },
             "handover" => Self::Handover(Handover {
                 armed: value["armed"].as_bool()?,
-                lease: value["lease"].as_u64().map(Duration::from_millis),
-                left: value["left"].as_u64().map(Duration::from_millis),
+                lease: duration(&value["lease"]),
+                left: duration(&value["left"]),
                 hooks: value["hooks"].as_bool()?,
                 thawed: value["thawed"].as_str().and_then(Cause::by_name),
             }),
@@ -141,6 +152,10 @@ impl Tale {
             _ => return None,
         })
     }
+}
+
+fn duration(value: &Value) -> Option<Duration> {
+    value.as_u64().map(Duration::from_millis)
 }
 
 /// Sends an order.
@@ -153,12 +168,12 @@ pub(crate) fn send_tale(socket: impl AsFd, tale: &Tale, fd: Option<BorrowedFd<'_
     send(socket, &tale.encode(), fd)
 }
 
-/// The next order; one that this version does not know is passed over.
+/// The next order, if there is one; one that this version does not know is passed over. Never waits.
 pub(crate) fn receive_order(socket: impl AsFd) -> io::Result<Packet<Order>> {
     receive(socket, Order::decode)
 }
 
-/// The next tale.
+/// The next tale, if there is one. Never waits.
 pub(crate) fn receive_tale(socket: impl AsFd) -> io::Result<Packet<Tale>> {
     receive(socket, Tale::decode)
 }
@@ -187,12 +202,14 @@ fn receive<T>(socket: impl AsFd, decode: impl Fn(&Value) -> Option<T>) -> io::Re
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let parts = &mut [IoSliceMut::new(&mut buffer)];
-        let received = match recvmsg(&socket, parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
-            Ok(received) => received.bytes,
-            Err(rustix::io::Errno::INTR) => continue,
-            Err(rustix::io::Errno::CONNRESET) => return Ok(Packet::End),
-            Err(error) => return Err(error.into()),
-        };
+        let received =
+            match recvmsg(&socket, parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT) {
+                Ok(received) => received.bytes,
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(rustix::io::Errno::AGAIN) => return Ok(Packet::Nothing),
+                Err(rustix::io::Errno::CONNRESET) => return Ok(Packet::End),
+                Err(error) => return Err(error.into()),
+            };
         if received == 0 {
             return Ok(Packet::End);
         }
@@ -232,10 +249,11 @@ mod tests {
         let orders = || {
             [
                 Order::Configure { statedir: "/run".into(), hooks: Hooks::default() },
-                Order::Begin { hooks: true },
+                Order::Begin { number: 3, hooks: true },
+                Order::Hook { group: 77 },
                 Order::Hold(label()),
-                Order::Arm { lease: Some(Duration::from_millis(1500)) },
-                Order::Arm { lease: None },
+                Order::Arm { lease: Some(Duration::from_millis(1500)), left: Some(Duration::from_millis(7)) },
+                Order::Arm { lease: None, left: None },
                 Order::Renew,
                 Order::Thaw(Cause::Failure),
                 Order::Thawed(Cause::Command),
@@ -263,7 +281,9 @@ mod tests {
             hooks: true,
             thawed: Some(Cause::AgentLost),
         };
-        for tale in [Tale::Thawed(Cause::Lease), Tale::Handover(handover.clone()), Tale::Ready] {
+        for tale in
+            [Tale::Thawed { number: 3, cause: Cause::Lease }, Tale::Handover(handover.clone()), Tale::Ready]
+        {
             send_tale(&watchdog, &tale, None).unwrap();
             let Packet::Message(received, None) = receive_tale(&agent).unwrap() else { panic!() };
             assert_eq!(received, tale);
@@ -276,14 +296,12 @@ mod tests {
     #[test]
     fn what_a_later_version_says_is_passed_over() {
         let (agent, watchdog) = pair();
-        for message in [json!({"later": 1}), json!([]), json!({"arm": "soon", "x": 1}), json!({"thaw": "?"})]
-        {
+        assert!(matches!(receive_order(&watchdog).unwrap(), Packet::Nothing));
+        for message in [json!({"later": 1}), json!([]), json!({"begin": true}), json!({"thaw": "?"})] {
             send(&agent, &message, None).unwrap();
         }
         send_order(&agent, &Order::End, None).unwrap();
-        let Packet::Message(first, _) = receive_order(&watchdog).unwrap() else { panic!() };
-        // A lease that cannot be read is no lease.
-        assert_eq!(first, Order::Arm { lease: None });
+
         let Packet::Message(Order::End, _) = receive_order(&watchdog).unwrap() else { panic!() };
     }
 }
