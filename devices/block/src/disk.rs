@@ -143,6 +143,30 @@ impl Disk {
         Ok(())
     }
 
+    /// A disk of `size` bytes whose engine asks no kernel.
+    #[cfg(test)]
+    pub(crate) fn imagined(size: u64, is_block_device: bool, direct: bool) -> Self {
+        let alignment = if direct { 512 } else { 1 };
+        Self {
+            name: "imagined".to_owned(),
+            geometry: Geometry {
+                is_block_device,
+                logical_block_size: 512,
+                physical_block_size: 512,
+                offset_alignment: alignment,
+                memory_alignment: alignment,
+                discard_granularity: 512,
+            },
+            read_only: false,
+            direct,
+            cache: Cache::Writeback,
+            discard: true,
+            _lock: None,
+            file: Arc::new(File::open("/dev/null").unwrap()),
+            size,
+        }
+    }
+
     /// The open file, for engines.
     pub(crate) fn file(&self) -> &Arc<File> {
         &self.file

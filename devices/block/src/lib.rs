@@ -37,6 +37,7 @@
 //! the host's files (a QCOW2 header names a backing file).
 
 mod disk;
+mod drive;
 mod engine;
 mod errno;
 mod error;
@@ -47,8 +48,12 @@ mod options;
 mod signature;
 
 pub use disk::Disk;
+pub use drive::{
+    AttachError, AttachReason, CopyMode, Drive, MirrorAction, MirrorError, MirrorEvent, MirrorOperation,
+    MirrorOptions, MirrorRefusal, MirrorStatus, MirrorSync, OnError, Side,
+};
 pub use engine::fault::{Fault, Faults};
-pub use engine::{Buffer, CallKind, Completion, Engine, EngineKind, EngineOptions, Operation};
+pub use engine::{Buffer, CallKind, Completion, Engine, EngineKind, EngineOptions, Extent, Operation};
 pub use errno::Errno;
 pub use error::{Holder, OpenError, ResizeError};
 pub use geometry::Geometry;

@@ -5,6 +5,8 @@
 use std::io;
 use std::os::fd::RawFd;
 
+use super::Extent;
+
 /// `_IO(0x12, 119)` of <linux/fs.h>.
 const BLKDISCARD: libc::c_ulong = 0x1277;
 
@@ -28,6 +30,8 @@ pub enum CallKind {
     ZeroRange,
     /// `ioctl(BLKDISCARD)`.
     DeviceDiscard,
+    /// `lseek(SEEK_DATA)`, and `SEEK_HOLE` where there is data.
+    Extent,
 }
 
 /// A call to the kernel. The segments, and the memory they point to, belong to whoever started it and
@@ -97,12 +101,38 @@ impl Call {
                 // SAFETY: BLKDISCARD reads two u64.
                 unsafe { libc::ioctl(self.fd, BLKDISCARD, range.as_ptr()) as isize }
             }
+            CallKind::Extent => match self.extent(offset) {
+                Ok(extent) => {
+                    // SAFETY: one segment, with room for an extent, by the contract and the engine's check.
+                    unsafe { (*self.segments).iov_base.cast::<Extent>().write_unaligned(extent) };
+                    0
+                }
+                Err(error) => return -error.raw_os_error().unwrap_or(libc::EIO),
+            },
         };
         if result < 0 {
             -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
         } else {
             // At most MAX_RW_COUNT, which is below 2³¹.
             i32::try_from(result).unwrap_or(i32::MAX)
+        }
+    }
+
+    /// What is at `offset`. Moves the file's position, which nobody uses.
+    fn extent(&self, offset: i64) -> io::Result<Extent> {
+        let seek = |whence| {
+            // SAFETY: no pointers.
+            u64::try_from(unsafe { libc::lseek(self.fd, offset, whence) })
+                .map_err(|_| io::Error::last_os_error())
+        };
+        match seek(libc::SEEK_DATA) {
+            Ok(data) if data > self.offset => Ok(Extent { hole: true, end: data }),
+            Ok(_) => Ok(Extent { hole: false, end: seek(libc::SEEK_HOLE)? }),
+            // No data from here to the end.
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
+                Ok(Extent { hole: true, end: u64::MAX })
+            }
+            Err(error) => Err(error),
         }
     }
 }

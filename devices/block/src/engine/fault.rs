@@ -105,7 +105,7 @@ impl Faults {
 }
 
 /// An epoll descriptor that is readable while either of two is.
-fn both_readable(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+pub(crate) fn both_readable(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     // SAFETY: no pointers.
     let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
     if fd < 0 {

@@ -113,6 +113,11 @@ impl Aligned {
         Self { base: base.unwrap_or_else(|| handle_alloc_error(layout)), layout }
     }
 
+    /// Address of the first byte.
+    pub(crate) fn base(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
     pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: allocated with this size, initialised, and borrowed mutably through self.
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.layout.size()) }

@@ -14,9 +14,9 @@
 
 #![expect(unsafe_code, reason = "the caller's memory is read and written while calls are in flight")]
 
-mod call;
+pub(crate) mod call;
 pub(crate) mod fault;
-mod memory;
+pub(crate) mod memory;
 mod task;
 mod threads;
 mod uring;
@@ -118,6 +118,29 @@ pub enum Operation {
         /// Whether the range may be given back to the host.
         unmap: bool,
     },
+    /// Tell what lies at `offset`, and how far: the answer is an [`Extent`].
+    Extent {
+        /// Where on the disk.
+        offset: u64,
+        /// Memory of one [`Extent`].
+        answer: Buffer,
+    },
+}
+
+/// What a stretch of a disk is, as far as the host's metadata tells. It holds for the moment of the question: what is
+/// written meanwhile may or may not be in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct Extent {
+    /// A hole: reads as zeroes and takes no room. Data may be zeroes as well.
+    pub hole: bool,
+    /// Where it ends; beyond the disk where nothing follows.
+    pub end: u64,
+}
+
+impl Extent {
+    /// All data: what is known of a disk whose host does not tell.
+    pub const UNKNOWN: Self = Self { hole: false, end: u64::MAX };
 }
 
 /// An operation is over.
@@ -181,6 +204,11 @@ impl Engine {
             Some(faults) => faults.wrap(backend)?,
             None => backend,
         };
+        Ok(Self::with_backend(disk, kind, backend, depth))
+    }
+
+    /// Puts `disk` to work with somebody to make the calls.
+    pub(crate) fn with_backend(disk: Disk, kind: EngineKind, backend: Box<dyn Backend>, depth: u32) -> Self {
         let target = Target {
             fd: disk.file().as_raw_fd(),
             geometry: *disk.geometry(),
@@ -189,7 +217,7 @@ impl Engine {
             lost: None,
         };
         let sync_writes = disk.cache() == Cache::Writethrough && !disk.is_direct();
-        Ok(Self {
+        Self {
             kind,
             disk,
             backend,
@@ -203,7 +231,7 @@ impl Engine {
             waiting: VecDeque::new(),
             done: Vec::new(),
             results: Vec::new(),
-        })
+        }
     }
 
     /// Who makes the calls.
@@ -293,6 +321,11 @@ impl Engine {
         Ok(())
     }
 
+    /// Whether completions wait that [`Self::event`] does not show.
+    pub(crate) fn has_done(&self) -> bool {
+        !self.done.is_empty()
+    }
+
     /// Waits until completions can be reaped, or `timeout` is over. Returns whether there are any.
     pub fn wait(&self, timeout: Duration) -> bool {
         !self.done.is_empty() || wait_readable(self.event(), timeout)
@@ -335,6 +368,11 @@ impl Engine {
                 in_range(offset, length)?;
                 let unmap = unmap && self.disk.discards();
                 Ok((length > 0).then(|| Task::Zeroes(Zeroes::new(&self.target, offset, length, unmap))))
+            }
+            Operation::Extent { offset, answer } => {
+                in_range(offset, 1)?;
+                let fits = answer.len() == size_of::<Extent>();
+                if fits { Ok(Some(Task::Extent { offset, answer: vec![answer] })) } else { Err(invalid) }
             }
         }
     }

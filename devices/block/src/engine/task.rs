@@ -7,6 +7,7 @@
 //!              written back, which only works while nothing else is in flight (`exclusive`)
 //!   Sync       fdatasync
 //!   Discard    hole or BLKDISCARD; what cannot be done counts as done
+//!   Extent     lseek, twice at most
 //!   Zeroes     hole (if allowed) ▶ zero range ▶ written zeroes, until one works
 //! ```
 
@@ -71,8 +72,17 @@ pub(super) enum Task {
     Transfer(Transfer),
     Bounce(Bounce),
     Sync,
-    Discard { offset: u64, length: u64, synced: bool },
+    Discard {
+        offset: u64,
+        length: u64,
+        synced: bool,
+    },
     Zeroes(Zeroes),
+    /// One buffer, for the answer.
+    Extent {
+        offset: u64,
+        answer: Vec<Buffer>,
+    },
 }
 
 impl Task {
@@ -98,7 +108,7 @@ impl Task {
         match self {
             Self::Bounce(bounce) => bounce.user.write && ragged(bounce.user.offset, bounce.user.left),
             Self::Zeroes(zeroes) => ragged(zeroes.offset, zeroes.left),
-            Self::Transfer(_) | Self::Sync | Self::Discard { .. } => false,
+            Self::Transfer(_) | Self::Sync | Self::Discard { .. } | Self::Extent { .. } => false,
         }
     }
 
@@ -108,7 +118,7 @@ impl Task {
             Self::Transfer(transfer) => transfer.write,
             Self::Bounce(bounce) => bounce.user.write,
             Self::Discard { .. } | Self::Zeroes(_) => true,
-            Self::Sync => false,
+            Self::Sync | Self::Extent { .. } => false,
         }
     }
 
@@ -125,6 +135,11 @@ impl Task {
                 range(kind, *offset, *length)
             }
             Self::Zeroes(zeroes) => zeroes.call(target),
+            Self::Extent { offset, answer } => Call {
+                segments: Buffer::as_segments(answer),
+                segment_count: 1,
+                ..range(CallKind::Extent, *offset, 0)
+            },
         }
     }
 
@@ -146,6 +161,7 @@ impl Task {
                 outcome => Progress::Done(outcome.map(drop)),
             },
             Self::Zeroes(zeroes) => zeroes.advance(target, result),
+            Self::Extent { .. } => Progress::Done(outcome(result).map(drop)),
         }
     }
 }

@@ -4,7 +4,7 @@
 //! has to be read to quiet it, and completions reaped in time cause no wake-up at all (an eventfd
 //! would be signalled for each of them).
 //!
-//! `BLKDISCARD` has no opcode on the kernels we support; such calls go to a thread, and a poll
+//! `BLKDISCARD` and `lseek` have no opcode on the kernels we support; such calls go to a thread, and a poll
 //! request on the thread's event brings its results back through the ring.
 
 #![expect(unsafe_code, reason = "submission entries carry raw pointers")]
@@ -140,9 +140,10 @@ impl Backend for Uring {
                 .offset(call.offset)
                 .mode(call.fallocate_mode())
                 .build(),
-            CallKind::DeviceDiscard => match self.start_in_pool(slot, call) {
+            CallKind::DeviceDiscard | CallKind::Extent => match self.start_in_pool(slot, call) {
                 Ok(()) => return,
-                // No thread: "not supported" is an answer every discard must live with.
+                // No thread: "not supported" is an answer every discard must live with, and so must who asks for an
+                // extent: the answer stays as it was.
                 Err(_) => opcode::Nop::new().build().user_data(u64::from(slot)),
             },
         };
