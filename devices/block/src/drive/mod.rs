@@ -358,7 +358,7 @@ impl Drive {
         else {
             return Err(match &self.mirror {
                 None => MirrorRefusal::NotMirrored,
-                Some(mirrored) if !mirrored.may_end() => MirrorRefusal::Busy,
+                Some(mirrored) if mirrored.core.is_quiesced() => MirrorRefusal::Busy,
                 Some(_) => MirrorRefusal::NotQuiesced,
             });
         };

@@ -228,6 +228,7 @@ impl Mirror {
             self.start_copies(now);
             self.conclude();
         }
+        self.syncs.measure(now);
         self.settle();
     }
 

@@ -13,8 +13,7 @@ use crate::drive::{
 };
 use crate::event::wait_readable;
 use crate::{
-    Buffer, CallKind, Completion, Disk, DiskOptions, Engine, EngineKind, EngineOptions, Errno, Fault, Faults,
-    Operation,
+    Buffer, CallKind, Completion, Disk, DiskOptions, Engine, EngineOptions, Errno, Fault, Faults, Operation,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -249,4 +248,316 @@ fn holes_stay_holes() {
         let kib = target.as_file().metadata().unwrap().blocks() / 2;
         assert!(kib < 400, "{kib} KiB in chunks of {granularity}");
     }
+}
+
+#[test]
+fn a_write_that_is_done_is_in_both_images_of_a_write_blocking_mirror() {
+    let mut expected = pattern(4 * MIB, 7);
+    let (source, target) = (image(&expected), hole(4 * MIB));
+    let mut rig = Rig::new(&source);
+    rig.mirror(&target, &mode(CopyMode::WriteBlocking));
+    rig.until_event(MirrorEvent::Ready);
+    for (offset, length) in [(MIB + 42, 1), (512, 1024), (65536, 65536), (2 * MIB, MIB + 4096)] {
+        let bytes = pattern(length, 99);
+        rig.write(offset, &bytes).unwrap();
+        expected[offset..offset + length].copy_from_slice(&bytes);
+        assert!(content(&target) == expected);
+        assert!(rig.status().actively_synced);
+    }
+    rig.guest(Operation::WriteZeroes { offset: 1000, length: 3000, unmap: true }).unwrap();
+    expected[1000..4000].fill(0);
+    assert!(content(&target) == expected && content(&source) == expected);
+    // A flush concerns both.
+    rig.target_faults.take_log();
+    rig.guest(Operation::Flush).unwrap();
+    assert_eq!(rig.target_faults.take_log(), [CallKind::Sync]);
+    // A discard is copied later, as what it has left.
+    rig.guest(Operation::Discard { offset: 65536, length: 65536 }).unwrap();
+    rig.finish();
+    assert!(content(&target) == content(&source));
+}
+
+#[test]
+fn direct_io_of_either_image_is_served() {
+    let direct = |options: &mut DiskOptions| options.direct = true;
+    let probe = hole(4096);
+    let mut options = DiskOptions::path(probe.path());
+    direct(&mut options);
+    if let Err(error) = Disk::open(options) {
+        eprintln!("Direct I/O is not tested: {error}");
+        return;
+    }
+    for (copy_mode, direct_source, direct_target) in
+        MODES.into_iter().flat_map(|mode| [(mode, true, true), (mode, true, false), (mode, false, true)])
+    {
+        let mut expected = pattern(4 * MIB, 7);
+        let (source, target) = (image(&expected), hole(4 * MIB));
+        let faults = Faults::new().unwrap();
+        let mut rig = Rig::new(&hole(0));
+        rig.drive = Drive::new(engine(&source, &faults, |options| options.direct = direct_source));
+        let target_engine = engine(&target, &faults, |options| options.direct = direct_target);
+        rig.drive
+            .attach_mirror(target_engine, &MirrorOptions { granularity: 512, ..mode(copy_mode) })
+            .unwrap();
+        for (offset, length) in [(512, 512), (1536, 3 * 512), (MIB, 65536)] {
+            let bytes = pattern(length, 33);
+            rig.write(offset, &bytes).unwrap();
+            expected[offset..offset + length].copy_from_slice(&bytes);
+        }
+        rig.until_event(MirrorEvent::Ready);
+        rig.finish();
+        assert!(content(&target) == expected);
+    }
+}
+
+fn failed(side: Side, operation: MirrorOperation, action: MirrorAction) -> impl Fn(&MirrorEvent) -> bool {
+    move |event| {
+        matches!(event, MirrorEvent::Error { error, action: taken }
+            if error.side == side && error.operation == operation && *taken == action)
+    }
+}
+
+#[test]
+fn an_error_that_is_reported_ends_the_mirror_and_nothing_else() {
+    for copy_mode in MODES {
+        for (side, kind, operation) in [
+            (Side::Source, CallKind::Read, MirrorOperation::Read),
+            (Side::Target, CallKind::Write, MirrorOperation::Write),
+            (Side::Target, CallKind::Sync, MirrorOperation::Flush),
+        ] {
+            let mut expected = pattern(4 * MIB, 7);
+            let (source, target) = (image(&expected), hole(4 * MIB));
+            let mut rig = Rig::new(&source);
+            rig.mirror(&target, &mode(copy_mode));
+            let faults = if side == Side::Source { &rig.source_faults } else { &rig.target_faults };
+            faults.inject(kind, Fault::Error(libc::EIO), 1);
+            let told = failed(side, operation, MirrorAction::Report);
+            rig.until(|rig, _| rig.events.iter().any(&told));
+            assert_eq!(rig.write(MIB, &[1; 4096]), Ok(()));
+            expected[MIB..MIB + 4096].fill(1);
+            let status = rig.status();
+            assert!(status.failed && !status.ready, "{status:?}");
+            assert_eq!(status.error.map(|error| error.errno), Some(Errno::new(libc::EIO)));
+            rig.drive.resume().unwrap();
+            assert!(matches!(rig.drive.finish(u64::MAX), Err(MirrorRefusal::Failed(_))));
+            rig.abort();
+            assert!(content(&source) == expected);
+        }
+    }
+}
+
+#[test]
+fn a_mirror_stops_on_a_full_target_and_goes_on_when_it_is_resumed() {
+    for copy_mode in MODES {
+        let (source, target) = (image(&pattern(4 * MIB, 7)), hole(4 * MIB));
+        let mut rig = Rig::new(&source);
+        let options = MirrorOptions { on_target_error: OnError::Enospc, ..mode(copy_mode) };
+        rig.mirror(&target, &options);
+        rig.target_faults.inject(CallKind::Write, Fault::Error(libc::ENOSPC), u32::MAX);
+        let told = failed(Side::Target, MirrorOperation::Write, MirrorAction::Stop);
+        rig.until(|rig, _| rig.events.iter().any(&told));
+        assert!(rig.status().stopped);
+        assert_eq!(rig.drive.finish(u64::MAX), Err(MirrorRefusal::Paused));
+        // The guest does not notice.
+        assert_eq!(rig.write(MIB, &[1; 4096]), Ok(()));
+        rig.target_faults.clear();
+        rig.drive.resume().unwrap();
+        rig.until_event(MirrorEvent::Ready);
+        rig.finish();
+        assert!(content(&target) == content(&source));
+    }
+}
+
+#[test]
+fn an_error_that_is_ignored_is_tried_again_and_told_once_each_time() {
+    for copy_mode in MODES {
+        let (source, target) = (image(&pattern(4 * MIB, 7)), hole(4 * MIB));
+        let mut rig = Rig::new(&source);
+        let options = MirrorOptions { on_target_error: OnError::Ignore, ..mode(copy_mode) };
+        rig.mirror(&target, &options);
+        rig.target_faults.inject(CallKind::Write, Fault::Error(libc::EIO), 10);
+        assert_eq!(rig.write(MIB, &[1; 4096]), Ok(()));
+        rig.until(|rig, _| rig.events.contains(&MirrorEvent::Ready));
+        let told = failed(Side::Target, MirrorOperation::Write, MirrorAction::Ignore);
+        let count = rig.events.iter().filter(|event| told(event)).count();
+        assert!((1..=10).contains(&count), "{count}");
+        rig.finish();
+        assert!(content(&target) == content(&source));
+    }
+}
+
+#[test]
+fn a_flush_that_failed_for_good_is_not_ignored_and_never_becomes_ready() {
+    let (source, target) = (image(&pattern(MIB, 7)), hole(MIB));
+    for policy in [OnError::Ignore, OnError::Stop] {
+        let mut rig = Rig::new(&source);
+        rig.mirror(&target, &MirrorOptions { on_target_error: policy, ..MirrorOptions::default() });
+        rig.target_faults.inject(CallKind::Sync, Fault::Error(libc::EIO), 1);
+        let action = if policy == OnError::Ignore { MirrorAction::Report } else { MirrorAction::Stop };
+        for _ in 0..2 {
+            let told = failed(Side::Target, MirrorOperation::Flush, action);
+            rig.until(|rig, _| rig.events.iter().any(&told));
+            assert_eq!(
+                rig.status().remaining,
+                if policy == OnError::Stop { MIB as u64 } else { rig.status().remaining }
+            );
+            if policy == OnError::Ignore {
+                break;
+            }
+            rig.events.clear();
+            rig.drive.resume().unwrap();
+        }
+        assert!(!rig.events.contains(&MirrorEvent::Ready));
+        rig.abort();
+    }
+}
+
+#[test]
+fn a_target_that_hangs_keeps_the_guest_waiting_no_longer_than_until_the_pause() {
+    let (source, target) = (image(&pattern(MIB, 7)), hole(MIB));
+    let mut rig = Rig::new(&source);
+    rig.mirror(&target, &mode(CopyMode::WriteBlocking));
+    rig.until_event(MirrorEvent::Ready);
+    rig.target_faults.hold();
+    let mut bytes = [1_u8; 512];
+    let buffers = |bytes: &mut [u8; 512]| vec![Buffer::new(bytes.as_mut_ptr(), 512)];
+    // The first is on its way to the target, the second waits for it, the flush for the target.
+    for token in [1, 2] {
+        // SAFETY: `bytes` outlives the requests, which are waited for.
+        unsafe { rig.drive.queue(token, Operation::Write { offset: 0, buffers: buffers(&mut bytes) }) };
+    }
+    rig.drive.queue_flush(3);
+    rig.until(|rig, _| rig.target_faults.in_flight() > 1);
+    let mut completions = Vec::new();
+    rig.round(Instant::now(), &mut completions);
+    assert_eq!(completions, []);
+    rig.drive.pause().unwrap();
+    let mut tokens: Vec<_> = rig
+        .until(|_, completions| completions.len() == 2)
+        .iter()
+        .map(|completion| completion.token)
+        .collect();
+    tokens.sort_unstable();
+    assert_eq!(tokens, [2, 3]);
+    assert_eq!(rig.write(4096, &[2; 512]), Ok(()));
+    rig.target_faults.release();
+    rig.until(|_, completions| completions.len() == 1);
+    rig.drive.resume().unwrap();
+    rig.finish();
+    assert!(content(&target) == content(&source));
+}
+
+#[test]
+fn copies_keep_to_their_speed() {
+    let (source, target) = (image(&pattern(16 * MIB, 7)), hole(16 * MIB));
+    for granularity in [65536, 4096] {
+        let mut rig = Rig::new(&source);
+        rig.mirror(&target, &MirrorOptions { speed: 1 << 20, granularity, ..MirrorOptions::default() });
+        let mut now = Instant::now();
+        let end = now + Duration::from_secs(5);
+        while now < end {
+            // All that can happen at this moment, whatever time it takes.
+            let mut completions = Vec::new();
+            while rig.round(now, &mut completions) == Some(now) || rig.status().in_flight > 0 {
+                rig.wait(Duration::from_millis(1));
+            }
+            now += Duration::from_millis(10);
+        }
+        let done = rig.status().done;
+        assert!((4 << 20..6 << 20).contains(&done), "{done} bytes in 5 s at 1 MiB/s");
+        assert!(rig.status().remaining_time.unwrap() > Duration::from_secs(5));
+        rig.drive.set_speed(0).unwrap();
+        rig.until_event(MirrorEvent::Ready);
+        assert_eq!(rig.status().remaining_time, Some(Duration::ZERO));
+        rig.round(Instant::now(), &mut Vec::new());
+        assert!(rig.status().expected_hold.is_some());
+    }
+}
+
+#[test]
+fn a_pause_stops_copies_and_an_end_waits_for_nothing_that_cannot_come() {
+    let (source, target) = (image(&pattern(8 * MIB, 7)), hole(8 * MIB));
+    let mut rig = Rig::new(&source);
+    rig.mirror(&target, &MirrorOptions { speed: 2 << 20, ..MirrorOptions::default() });
+    rig.until(|rig, _| rig.status().done > 0);
+    rig.drive.pause().unwrap();
+    rig.until(|rig, _| rig.status().in_flight == 0);
+    let done = rig.status().done;
+    assert_eq!(rig.round(Instant::now() + Duration::from_secs(9), &mut Vec::new()), None);
+    assert_eq!(rig.status().done, done);
+    assert_eq!(rig.drive.finish(u64::MAX), Err(MirrorRefusal::Paused));
+    rig.drive.resume().unwrap();
+    assert!(matches!(rig.drive.finish(MIB as u64), Err(MirrorRefusal::NotConverged { .. })));
+    // The last pass knows no speed.
+    rig.finish();
+    rig.drive.switch().unwrap();
+    assert!(content(&target) == content(&source));
+}
+
+#[test]
+fn only_what_is_written_is_copied_when_asked_so() {
+    let (source, target) = (image(&pattern(MIB, 7)), image(&pattern(MIB, 8)));
+    let mut rig = Rig::new(&source);
+    rig.mirror(
+        &target,
+        &MirrorOptions { sync: MirrorSync::None, granularity: 512, ..MirrorOptions::default() },
+    );
+    rig.until_event(MirrorEvent::Ready);
+    rig.write(512, &[1; 1024]).unwrap();
+    rig.finish();
+    let mut expected = pattern(MIB, 8);
+    expected[512..1536].fill(1);
+    assert!(content(&target) == expected);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_nothing_has_changed() {
+    let (source, target) = (image(&pattern(MIB, 7)), hole(MIB));
+    let mut rig = Rig::new(&source);
+    assert_eq!(rig.drive.switch().err(), Some(MirrorRefusal::NotMirrored));
+    assert_eq!(rig.drive.detach().err(), Some(MirrorRefusal::NotMirrored));
+    assert_eq!(rig.drive.pause(), Err(MirrorRefusal::NotMirrored));
+    assert_eq!(rig.drive.finish(0), Err(MirrorRefusal::NotMirrored));
+    let refused = |rig: &mut Rig, target: Engine, options: &MirrorOptions| {
+        rig.drive.attach_mirror(target, options).unwrap_err()
+    };
+    let faults = Faults::new().unwrap();
+    let small = refused(&mut rig, engine(&hole(512), &faults, |_| {}), &MirrorOptions::default());
+    assert_eq!(small.reason, AttachReason::TooSmall { target: 512, disk: MIB as u64 });
+    assert_eq!(small.reason.to_string(), "The target has 512 bytes, fewer than the source's 1048576");
+    let read_only = engine(&target, &faults, |options| options.read_only = true);
+    assert_eq!(refused(&mut rig, read_only, &MirrorOptions::default()).reason, AttachReason::ReadOnly);
+    for granularity in [0, 511, 65537, 128 << 20] {
+        let options = MirrorOptions { granularity, ..MirrorOptions::default() };
+        let error = refused(&mut rig, engine(&target, &faults, |_| {}), &options);
+        assert_eq!(error.reason, AttachReason::Granularity { granularity });
+    }
+    rig.source_faults.hold();
+    rig.drive.queue_flush(1);
+    rig.drive.submit().unwrap();
+    let busy = refused(&mut rig, engine(&target, &faults, |_| {}), &MirrorOptions::default());
+    assert_eq!(busy.reason, AttachReason::Busy);
+    rig.source_faults.release();
+    rig.until(|_, completions| completions.len() == 1);
+    rig.drive.attach_mirror(busy.target, &MirrorOptions::default()).unwrap();
+    let second = hole(MIB);
+    let error = refused(&mut rig, engine(&second, &faults, |_| {}), &MirrorOptions::default());
+    assert_eq!(error.reason, AttachReason::Mirrored);
+    rig.until_event(MirrorEvent::Ready);
+    assert_eq!(rig.drive.switch().err(), Some(MirrorRefusal::NotQuiesced));
+    rig.source_faults.hold();
+    rig.drive.queue_flush(2);
+    rig.drive.submit().unwrap();
+    assert_eq!(rig.drive.finish(0), Err(MirrorRefusal::Busy));
+    assert_eq!(rig.drive.detach().err(), Some(MirrorRefusal::Busy));
+    rig.source_faults.release();
+    rig.until(|_, completions| completions.len() == 1);
+    rig.finish();
+    // A write takes it back.
+    rig.write(0, &[1; 512]).unwrap();
+    assert_eq!(rig.events, [MirrorEvent::Unfinished]);
+    assert_eq!(rig.drive.switch().err(), Some(MirrorRefusal::NotQuiesced));
+    rig.finish();
+    rig.drive.switch().unwrap();
+    assert!(content(&target) == content(&source));
 }
