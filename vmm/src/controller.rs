@@ -274,7 +274,15 @@ impl Controller {
     ///
     /// The vCPUs cannot be stopped.
     pub fn disk_event(&mut self, event: &DiskEvent) -> Result<(), ControlError> {
-        let DiskEvent::IoError { disk, operation, action, nospace, errno, sector } = event;
+        let (disk, operation, action, nospace, errno, sector) = match event {
+            DiskEvent::IoError { disk, operation, action, nospace, errno, sector } => {
+                (disk, operation, action, nospace, errno, sector)
+            }
+            DiskEvent::Mirror { disk, report } => {
+                tracing::debug!(%disk, ?report, "Mirror");
+                return Ok(());
+            }
+        };
         self.events.push(Event::BlockIoError {
             device: disk.to_string(),
             node_name: disk.to_string(),

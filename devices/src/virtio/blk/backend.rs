@@ -7,10 +7,14 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use block::{Disk, Engine, EngineKind, EngineOptions, Errno, Geometry, ResizeError};
+use block::{
+    Disk, Drive, Engine, EngineKind, EngineOptions, Errno, Geometry, MirrorOptions, MirrorStatus, ResizeError,
+};
+use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Blk;
+use super::mirroring::MirrorOrder;
 use super::policy::{DiskEvent, ErrorPolicy, EventSink};
 use super::request::ID_BYTES;
 use super::statistics::{BlkStatistics, Counters};
@@ -112,6 +116,22 @@ pub enum BlkError {
         /// Why.
         source: ResizeError,
     },
+    /// There is no mirror, or not as asked; the target is closed again.
+    #[error("Disk '{disk}' cannot be mirrored")]
+    Attach {
+        /// The disk.
+        disk: Arc<str>,
+        /// Why.
+        source: block::AttachReason,
+    },
+    /// The mirror does not do what it is told.
+    #[error("Disk '{disk}': the mirror refuses")]
+    Mirror {
+        /// The disk.
+        disk: Arc<str>,
+        /// Why.
+        source: block::MirrorRefusal,
+    },
     /// Another machine's device uses the disk.
     #[error("Disk '{disk}' is in use by another device")]
     Busy {
@@ -164,6 +184,8 @@ pub(super) enum Command {
     Resume { reply: Reply<()> },
     Flush { reply: Reply<()> },
     Resize { size: Option<u64>, reply: Reply<u64> },
+    StartMirror { target: Box<Engine>, options: MirrorOptions, reply: Reply<()> },
+    Mirror { order: MirrorOrder, reply: Reply<()> },
     Stop,
 }
 
@@ -190,9 +212,31 @@ pub struct BlkFacts {
     pub queues: u16,
 }
 
+impl BlkFacts {
+    pub(super) fn of(drive: &Drive, id: Arc<str>, queues: u16) -> Self {
+        let disk = drive.disk();
+        Self {
+            id,
+            image: disk.name().to_owned(),
+            read_only: disk.is_read_only(),
+            direct: disk.is_direct(),
+            cache: disk.cache(),
+            discard: disk.discards(),
+            geometry: *disk.geometry(),
+            engine: drive.kind(),
+            queues,
+        }
+    }
+}
+
 /// What the owner, the devices and the thread of a disk share.
 pub(super) struct Link {
+    /// As the disk was put to work: what the guest sees stays so, whatever image is below.
     pub(super) facts: BlkFacts,
+    /// As it is now.
+    pub(super) current: Mutex<BlkFacts>,
+    /// Where its mirror stands, as of the last round of work.
+    pub(super) mirror: Mutex<Option<MirrorStatus>>,
     pub(super) counters: Counters,
     /// In bytes.
     pub(super) size: AtomicU64,
@@ -245,18 +289,8 @@ impl BlkBackend {
         if wanted.is_none() && engine.kind() == EngineKind::Threads {
             tracing::info!(disk = id, "The host does not allow io_uring; the disk uses threads");
         }
-        let disk = engine.disk();
-        let facts = BlkFacts {
-            id: id.as_str().into(),
-            image: disk.name().to_owned(),
-            read_only: disk.is_read_only(),
-            direct: disk.is_direct(),
-            cache: disk.cache(),
-            discard: disk.discards(),
-            geometry: *disk.geometry(),
-            engine: engine.kind(),
-            queues,
-        };
+        let drive = Drive::new(engine);
+        let facts = BlkFacts::of(&drive, id.as_str().into(), queues);
         let mut id_bytes = [0; ID_BYTES];
         id_bytes[..serial.len()].copy_from_slice(serial.as_bytes());
         let (commands, receiver) = mpsc::channel();
@@ -264,7 +298,9 @@ impl BlkBackend {
         let counters = Counters::default();
         let stopped = Arc::new(AtomicBool::new(false));
         let link = Arc::new(Link {
+            current: Mutex::new(facts.clone()),
             facts,
+            mirror: Mutex::new(None),
             counters,
             size,
             stopped: Arc::clone(&stopped),
@@ -278,7 +314,7 @@ impl BlkBackend {
             policies: (read_error, write_error),
             events: EventSink::new(Box::new(on_event), stopped),
             commands: receiver,
-            engine,
+            drive,
         };
         let running = worker.prepare(Arc::clone(&link)).map_err(failed)?;
         let (end, ended) = mpsc::sync_channel(0);
@@ -296,9 +332,14 @@ impl BlkBackend {
         Blk::new(Arc::clone(&self.link), owner)
     }
 
-    /// What it is.
-    pub fn facts(&self) -> &BlkFacts {
-        &self.link.facts
+    /// Its name.
+    pub fn id(&self) -> &Arc<str> {
+        &self.link.facts.id
+    }
+
+    /// What it is now; a switch to another image changes it.
+    pub fn facts(&self) -> BlkFacts {
+        self.link.current.lock().clone()
     }
 
     /// The disk's size in bytes.
@@ -336,6 +377,32 @@ impl BlkBackend {
     /// new size.
     pub fn resize(&self, size: u64) -> Ticket<u64> {
         self.link.tell("resize", |reply| Command::Resize { size: Some(size), reply })
+    }
+
+    /// Begins to mirror the disk to `target`, once what is in flight is over. What becomes of it is told by
+    /// [`DiskEvent::Mirror`]. The target is as large as the disk, or larger: then as much of it is used.
+    ///
+    /// # Errors
+    ///
+    /// The host has no ring or no thread left for it; the target is closed.
+    pub fn start_mirror(
+        &self,
+        target: Disk,
+        engine: &EngineOptions,
+        options: MirrorOptions,
+    ) -> io::Result<Ticket<()>> {
+        let target = Box::new(Engine::start(target, engine)?);
+        Ok(self.link.tell("mirror", |reply| Command::StartMirror { target, options, reply }))
+    }
+
+    /// Tells the mirror something.
+    pub fn mirror(&self, order: MirrorOrder) -> Ticket<()> {
+        self.link.tell("mirror order", |reply| Command::Mirror { order, reply })
+    }
+
+    /// Where the mirror stands, as of a moment ago; `None` without one.
+    pub fn mirror_status(&self) -> Option<MirrorStatus> {
+        self.link.mirror.lock().clone()
     }
 
     /// Learns a size that was changed from outside, and tells the guest. The answer is the new size.

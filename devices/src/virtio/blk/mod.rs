@@ -26,6 +26,7 @@
 //! | an error of the host's | [`ErrorPolicy`] |
 
 mod backend;
+mod mirroring;
 mod policy;
 mod request;
 mod session;
@@ -46,7 +47,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 pub use self::backend::{BlkBackend, BlkError, BlkFacts, BlkOptions, StartError, Ticket};
 use self::backend::{Command, Link};
-pub use self::policy::{DiskEvent, DiskOperation, ErrorAction, ErrorPolicy};
+pub use self::mirroring::MirrorOrder;
+pub use self::policy::{DiskEvent, DiskOperation, ErrorAction, ErrorPolicy, MirrorReport};
 use self::request::{SECTOR, SEG_MAX};
 pub use self::statistics::BlkStatistics;
 use super::device::{Activation, VirtioDevice};

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use block::Errno;
+use block::{Errno, MirrorAction};
 
 /// What to do about errors of the host's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,6 +83,37 @@ pub enum DiskEvent {
         /// First sector of the request; 0 for flushes.
         sector: u64,
     },
+    /// Something about the disk's mirror.
+    Mirror {
+        /// The disk.
+        disk: Arc<str>,
+        /// What.
+        report: MirrorReport,
+    },
+}
+
+/// What a mirror has to say to who ordered it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MirrorReport {
+    /// For the first time the target is equal to the source, and durable.
+    Ready,
+    /// Something failed.
+    Error {
+        /// A read of the source, or else something about the target.
+        is_read: bool,
+        /// What was done about it.
+        action: MirrorAction,
+        /// There is no room left.
+        nospace: bool,
+    },
+    /// It has failed for good, for this reason; it is to be detached.
+    Failed(String),
+    /// The guest is held, the images are equal, the target is durable.
+    Quiesced,
+    /// The target is the disk, and the guest goes on.
+    Switched,
+    /// There is no mirror any more, and the guest goes on.
+    Detached,
 }
 
 /// Where events go. A guest can make any number of requests fail, so events are rationed, except those
@@ -106,11 +137,18 @@ impl EventSink {
     }
 
     pub(super) fn send(&mut self, event: DiskEvent) {
-        let DiskEvent::IoError { action, .. } = &event;
-        if *action == ErrorAction::Stop {
+        let (stops, counts) = match &event {
+            DiskEvent::IoError { action, .. } => (*action == ErrorAction::Stop, *action != ErrorAction::Stop),
+            // There are few, and each matters, but for errors that are ignored again and again.
+            DiskEvent::Mirror { report: MirrorReport::Error { action, .. }, .. } => {
+                (false, *action == MirrorAction::Ignore)
+            }
+            DiskEvent::Mirror { .. } => (false, false),
+        };
+        if stops {
             self.stopped.store(true, Ordering::Release);
         }
-        if *action == ErrorAction::Stop || self.take(Instant::now()) {
+        if !counts || self.take(Instant::now()) {
             (self.send)(event);
         } else {
             self.dropped += 1;

@@ -15,7 +15,7 @@
 
 use std::sync::Arc;
 
-use block::{Completion, Engine, Errno, Operation};
+use block::{Completion, Drive, Errno, Operation};
 use vm_memory::GuestMemoryMmap;
 
 use super::policy::{DiskEvent, DiskOperation, ErrorAction, ErrorPolicy, EventSink};
@@ -30,7 +30,7 @@ pub(super) struct Host<'a> {
     pub(super) serial: &'a [u8; ID_BYTES],
     pub(super) read_policy: ErrorPolicy,
     pub(super) write_policy: ErrorPolicy,
-    pub(super) engine: &'a mut Engine,
+    pub(super) drive: &'a mut Drive,
     pub(super) counters: &'a Counters,
     pub(super) events: &'a mut EventSink,
 }
@@ -159,7 +159,7 @@ impl Session {
             let Some(Some(line)) = self.lines.get_mut(index) else { return Ok(()) };
             match line.queue.pop()? {
                 Some(chain) => {
-                    let disk = host.engine.disk();
+                    let disk = host.drive.disk();
                     let limits =
                         Limits { size: disk.size(), read_only: disk.is_read_only(), features: self.features };
                     let request = Request::parse(&self.memory, chain, &limits)?;
@@ -191,13 +191,13 @@ impl Session {
             Ask::Work(work) => {
                 self.sequence += 1;
                 let sequence = self.sequence;
-                self.issue(InFlight { line, sequence, work, pending, left: 0, error: None }, host.engine)
+                self.issue(InFlight { line, sequence, work, pending, left: 0, error: None }, host.drive)
             }
         }
     }
 
     /// Gives a request's operations to the engine.
-    fn issue(&mut self, mut request: InFlight, engine: &mut Engine) -> Result<(), Violation> {
+    fn issue(&mut self, mut request: InFlight, drive: &mut Drive) -> Result<(), Violation> {
         let operations = operations(&request.work, &self.memory)?;
         request.left = operations.len();
         request.error = None;
@@ -210,7 +210,7 @@ impl Session {
             // SAFETY: the buffers are in `self.memory`, which is mapped while the session lives, and it
             // lives until nothing is in flight (the worker's `settle`), or until after the engine, whose
             // drop waits.
-            unsafe { engine.queue(index as u64, operation) };
+            unsafe { drive.queue(index as u64, operation) };
         }
         Ok(())
     }
@@ -302,14 +302,14 @@ impl Session {
     }
 
     /// Does the held requests again, in the order in which they came.
-    pub(super) fn retry_held(&mut self, engine: &mut Engine) {
+    pub(super) fn retry_held(&mut self, drive: &mut Drive) {
         let mut held = std::mem::take(&mut self.held);
         if self.broken {
             return;
         }
         held.sort_by_key(|request| request.sequence);
         for request in held {
-            if let Err(violation) = self.issue(request, engine) {
+            if let Err(violation) = self.issue(request, drive) {
                 self.violated(&violation);
             }
         }

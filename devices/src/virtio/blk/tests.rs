@@ -15,6 +15,8 @@ use vm_memory::{Bytes as _, GuestAddress};
 use super::*;
 use crate::testing::{Buffer, FakeDriver, INDIRECT, NEXT, PATIENCE, Random, Used, WILD_ADDRESS, WRITE};
 
+mod mirror;
+
 const MIB: usize = 1 << 20;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
@@ -756,7 +758,7 @@ fn a_full_disk_holds_requests_until_there_is_room() {
         let mut sectors = Vec::new();
         for _ in 0..2 {
             let event = rig.event();
-            let DiskEvent::IoError { sector, .. } = &event;
+            let DiskEvent::IoError { sector, .. } = &event else { panic!("{event:?}") };
             sectors.push(*sector);
             assert_eq!(event, io_error(DiskOperation::Write, ErrorAction::Stop, libc::ENOSPC, *sector));
         }
@@ -804,7 +806,7 @@ fn held_requests_are_done_again_in_the_order_they_came() {
     await_that(|| rig.backend.statistics().in_flight == 6);
     rig.faults.release();
     for _ in 0..6 {
-        let DiskEvent::IoError { action, .. } = rig.event();
+        let DiskEvent::IoError { action, .. } = rig.event() else { panic!("no I/O error") };
         assert_eq!(action, ErrorAction::Stop);
     }
     rig.backend.resume().wait(PATIENCE).unwrap();

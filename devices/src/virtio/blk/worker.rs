@@ -19,12 +19,14 @@ use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
+use std::time::Instant;
 
-use block::{Completion, Engine};
+use block::{Completion, Drive, Engine, MirrorOptions};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::backend::{BlkError, Command, Link, Reply};
-use super::policy::{ErrorPolicy, EventSink};
+use super::backend::{BlkError, BlkFacts, Command, Link, Reply};
+use super::mirroring::{self, Changed, Mirroring};
+use super::policy::{DiskEvent, ErrorPolicy, EventSink, MirrorReport};
 use super::request::ID_BYTES;
 use super::session::{Host, Session};
 
@@ -38,6 +40,8 @@ const EVENTS: usize = 16;
 enum Token {
     Command,
     Engine,
+    /// Of the mirror's target.
+    Target,
     /// Of a queue.
     Doorbell(usize),
 }
@@ -47,7 +51,8 @@ impl From<Token> for u64 {
         match token {
             Token::Command => 0,
             Token::Engine => 1,
-            Token::Doorbell(queue) => 2 + queue as u64,
+            Token::Target => 2,
+            Token::Doorbell(queue) => 3 + queue as u64,
         }
     }
 }
@@ -57,7 +62,8 @@ impl From<u64> for Token {
         match data {
             0 => Self::Command,
             1 => Self::Engine,
-            queue => Self::Doorbell(usize::try_from(queue - 2).unwrap_or(usize::MAX)),
+            2 => Self::Target,
+            queue => Self::Doorbell(usize::try_from(queue - 3).unwrap_or(usize::MAX)),
         }
     }
 }
@@ -72,6 +78,11 @@ enum Waiter {
         size: Option<u64>,
         reply: Reply<u64>,
     },
+    StartMirror {
+        target: Box<Engine>,
+        options: MirrorOptions,
+        reply: Reply<()>,
+    },
 }
 
 /// A worker to be.
@@ -81,7 +92,7 @@ pub(super) struct Worker {
     pub(super) policies: (ErrorPolicy, ErrorPolicy),
     pub(super) events: EventSink,
     pub(super) commands: mpsc::Receiver<Command>,
-    pub(super) engine: Engine,
+    pub(super) drive: Drive,
 }
 
 impl Worker {
@@ -96,8 +107,8 @@ impl Worker {
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token.into()))
         };
         watch(link.wake.as_raw_fd(), Token::Command)?;
-        watch(self.engine.event().as_raw_fd(), Token::Engine)?;
-        let Self { serial, policies, events, commands, engine } = self;
+        watch(self.drive.event().as_raw_fd(), Token::Engine)?;
+        let Self { serial, policies, events, commands, drive } = self;
         Ok(Running {
             link,
             serial,
@@ -105,7 +116,9 @@ impl Worker {
             epoll,
             commands,
             events,
-            engine,
+            drive,
+            mirroring: Mirroring::default(),
+            next: None,
             paused: false,
             waiters: Vec::new(),
             flushes: Vec::new(),
@@ -127,8 +140,11 @@ pub(super) struct Running {
     // The disk's.
     events: EventSink,
     /// Before `session`: its drop waits for the I/O into the session's memory.
-    engine: Engine,
+    drive: Drive,
     // Volatile.
+    mirroring: Mirroring,
+    /// When the mirror has to be looked after.
+    next: Option<Instant>,
     paused: bool,
     waiters: Vec<Waiter>,
     /// Flushes of our own in flight, by token.
@@ -145,7 +161,7 @@ impl Running {
         let mut events = [EpollEvent::default(); EVENTS];
         let mut busy = false;
         loop {
-            let count = match self.epoll.wait(if busy { 0 } else { -1 }, &mut events) {
+            let count = match self.epoll.wait(self.limit(busy), &mut events) {
                 Ok(count) => count,
                 // Completions may interrupt the wait.
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
@@ -162,7 +178,7 @@ impl Running {
                         self.session.iter_mut().for_each(|session| session.ring(queue));
                     }
                     // Completions are looked for in any case.
-                    Token::Engine => {}
+                    Token::Engine | Token::Target => {}
                 }
             }
             if commanded && self.obey().is_break() {
@@ -172,36 +188,54 @@ impl Running {
         }
     }
 
+    /// How long to sleep at most, in milliseconds as epoll takes them, rounded up; -1 is for ever.
+    fn limit(&self, busy: bool) -> i32 {
+        if busy {
+            return 0;
+        }
+        let Some(next) = self.next else { return -1 };
+        let rest = next.saturating_duration_since(Instant::now());
+        i32::try_from(rest.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+    }
+
     /// One round. Returns whether the next should follow at once.
     fn work(&mut self) -> bool {
         if self.is_open() {
             self.with_session(|session, host| session.take_requests(host));
         }
-        if let Err(error) = self.engine.submit() {
+        if let Err(error) = self.drive.submit() {
             tracing::error!(disk = %self.link.facts.id, %error, "Disk I/O cannot be submitted");
         }
         self.complete();
+        let mirrored = self.mirror();
         if let Some(session) = &mut self.session {
             session.notify();
         }
-        let settled = self.settle();
+        let settled = self.settle() || mirrored;
         self.link.counters.set_in_flight(self.session.as_ref().map_or(0, Session::in_flight));
         settled || (self.is_open() && self.session.as_ref().is_some_and(Session::is_ready))
     }
 
     /// Whether requests may be taken.
     fn is_open(&self) -> bool {
-        !self.paused && !self.link.stopped.load(Ordering::Relaxed) && self.waiters.is_empty()
+        !self.paused
+            && !self.mirroring.is_holding()
+            && !self.link.stopped.load(Ordering::Relaxed)
+            && self.waiters.is_empty()
+    }
+
+    fn is_drained(&self) -> bool {
+        self.session.as_ref().is_none_or(|session| session.in_flight() == 0)
     }
 
     fn with_session<T>(&mut self, run: impl FnOnce(&mut Session, &mut Host<'_>) -> T) -> Option<T> {
-        let Self { link, serial, policies, engine, events, session, .. } = self;
+        let Self { link, serial, policies, drive, events, session, .. } = self;
         let mut host = Host {
             disk: &link.facts.id,
             serial,
             read_policy: policies.0,
             write_policy: policies.1,
-            engine,
+            drive,
             counters: &link.counters,
             events,
         };
@@ -210,7 +244,7 @@ impl Running {
 
     fn complete(&mut self) {
         let mut completions = std::mem::take(&mut self.completions);
-        if let Err(error) = self.engine.reap(&mut completions) {
+        if let Err(error) = self.drive.reap(&mut completions) {
             tracing::error!(disk = %self.link.facts.id, %error, "Disk I/O cannot be continued");
         }
         for completion in completions.drain(..) {
@@ -268,6 +302,14 @@ impl Running {
             }
             Command::Flush { reply } => self.flush(reply),
             Command::Resize { size, reply } => self.waiters.push(Waiter::Resize { size, reply }),
+            Command::StartMirror { target, options, reply } => {
+                self.waiters.push(Waiter::StartMirror { target, options, reply });
+            }
+            Command::Mirror { order, reply } => {
+                let done = self.mirroring.order(&mut self.drive, order);
+                self.ring_all();
+                mirroring::answer(done, &self.link.facts.id, &reply);
+            }
             // `obey` has dealt with it.
             Command::Stop => {}
         }
@@ -303,15 +345,83 @@ impl Running {
         self.link.stopped.store(false, Ordering::Release);
         // A pause that was not over is over now; its ticket learns of it.
         self.waiters.retain(|waiter| !matches!(waiter, Waiter::Pause(_)));
-        if let Some(session) = &mut self.session {
-            session.retry_held(&mut self.engine);
+        self.ring_all();
+    }
+
+    /// The gate may be open again: looks at what waits behind it, held requests first.
+    fn ring_all(&mut self) {
+        if self.is_open()
+            && let Some(session) = &mut self.session
+        {
+            session.retry_held(&mut self.drive);
             session.ring_all();
         }
     }
 
+    /// Lets the mirror work, and does what it leads to. Returns whether there is something new to do.
+    fn mirror(&mut self) -> bool {
+        if self.drive.target().is_none() {
+            return false;
+        }
+        let disk = Arc::clone(&self.link.facts.id);
+        self.next = mirroring::advance(&mut self.drive, &self.link, Instant::now());
+        // What it has completed of the guest's is handed out in the next round.
+        let was_holding = self.mirroring.is_holding();
+        self.mirroring.report(&mut self.drive, &disk, &mut self.events);
+        let drained = self.is_drained() && self.flushes.is_empty();
+        let changed = self.mirroring.settle(&mut self.drive, drained, &disk);
+        let report = match changed {
+            Changed::Nothing => None,
+            Changed::Target => Some(MirrorReport::Detached),
+            Changed::Switched => {
+                if let Err(error) = self.watch_images() {
+                    tracing::error!(%disk, %error, "The disk's thread cannot watch the new image");
+                }
+                *self.link.current.lock() =
+                    BlkFacts::of(&self.drive, Arc::clone(&disk), self.link.facts.queues);
+                Some(MirrorReport::Switched)
+            }
+        };
+        if let Some(report) = report {
+            self.next = None;
+            *self.link.mirror.lock() = None;
+            self.events.send(DiskEvent::Mirror { disk, report });
+        }
+        if was_holding && !self.mirroring.is_holding() {
+            self.ring_all();
+        }
+        was_holding != self.mirroring.is_holding() || self.next.is_some_and(|next| next <= Instant::now())
+    }
+
+    /// After a switch: the former image's descriptors have left by being closed.
+    fn watch_images(&self) -> io::Result<()> {
+        let watch = |fd: i32, operation, token: Token| {
+            self.epoll.ctl(operation, fd, EpollEvent::new(EventSet::IN, token.into()))
+        };
+        // It was watched as the target's.
+        watch(self.drive.event().as_raw_fd(), ControlOperation::Modify, Token::Engine)
+    }
+
+    fn start_mirror(&mut self, target: Engine, options: &MirrorOptions) -> Result<(), BlkError> {
+        let disk = &self.link.facts.id;
+        self.mirroring.start(&mut self.drive, target, options, disk)?;
+        if let Some(event) = self.drive.target_event() {
+            let event = event.as_raw_fd();
+            let watched = EpollEvent::new(EventSet::IN, Token::Target.into());
+            if let Err(source) = self.epoll.ctl(ControlOperation::Add, event, watched) {
+                let disk = Arc::clone(disk);
+                // Nothing is in flight yet.
+                drop(self.drive.detach());
+                return Err(BlkError::Watch { disk, source });
+            }
+        }
+        *self.link.mirror.lock() = self.drive.mirror_status();
+        Ok(())
+    }
+
     fn flush(&mut self, reply: Reply<()>) {
         self.flushes.push((self.next_flush, reply));
-        self.engine.queue_flush(self.next_flush);
+        self.drive.queue_flush(self.next_flush);
         self.next_flush = self.next_flush.wrapping_add(1) | OWN;
     }
 
@@ -325,7 +435,7 @@ impl Running {
 
     /// Serves those who wait for the drain. Returns whether there is something new to do.
     fn settle(&mut self) -> bool {
-        if self.waiters.is_empty() || self.session.as_ref().is_some_and(|session| session.in_flight() > 0) {
+        if self.waiters.is_empty() || !self.is_drained() {
             return false;
         }
         for waiter in std::mem::take(&mut self.waiters) {
@@ -343,13 +453,20 @@ impl Running {
                 Waiter::Resize { size, reply } => {
                     let _ = reply.send(self.resize(size));
                 }
+                // Flushes of our own are I/O as well.
+                Waiter::StartMirror { target, options, reply } if !self.flushes.is_empty() => {
+                    self.waiters.push(Waiter::StartMirror { target, options, reply });
+                }
+                Waiter::StartMirror { target, options, reply } => {
+                    let _ = reply.send(self.start_mirror(*target, &options));
+                }
             }
         }
         true
     }
 
     fn resize(&mut self, size: Option<u64>) -> Result<u64, BlkError> {
-        let disk = self.engine.disk_mut();
+        let disk = self.drive.disk_mut();
         let result = match size {
             Some(size) => disk.resize(size).map(|()| size),
             None => disk.refresh_size(),

@@ -1,0 +1,226 @@
+//! The mirror of a disk as its thread sees it: what the owner orders, and when the guest is held for it.
+//!
+//! ```text
+//!               start: drained                    quiesce: ready, little enough left
+//!   no mirror ─────────────────▶ mirroring ───────────────────────────────────────▶ gate closed, draining
+//!       ▲                          ▲  ▲                                                   │ nothing in flight
+//!       │                          │  └─ unfinished, not converged, release ──────────────┤
+//!       │      switch, detach      │                                                      ▼
+//!       └──────────────────────────┴────────────────────────────── quiesced ◀──── last pass, sync
+//! ```
+//!
+//! A quiesce stays wanted until it is reached, or until a pause, a release or a detach takes it back: a guest that
+//! writes faster than the mirror copies is not held in vain. While the gate is closed for it the guest's requests wait
+//! in their queues; held ones are tried again afterwards.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use block::{
+    CopyMode, Drive, Engine, MirrorAction, MirrorEvent, MirrorOperation, MirrorOptions, MirrorRefusal, Side,
+};
+
+use super::backend::{BlkError, Link, Reply};
+use super::policy::{DiskEvent, EventSink, MirrorReport};
+
+/// What a mirror is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MirrorOrder {
+    /// Copy nothing for now; a quiesce is not wanted any more.
+    Pause,
+    /// Copy again, also what has failed.
+    Resume,
+    /// So many bytes per second, 0 = as fast as it goes.
+    SetSpeed(u64),
+    /// When a guest's write is done, from now on.
+    SetMode(CopyMode),
+    /// Once it is ready and at most `limit` bytes remain: hold the guest, copy them, sync the target, and report
+    /// [`MirrorReport::Quiesced`].
+    Quiesce {
+        /// In bytes.
+        limit: u64,
+    },
+    /// Let the guest go on, on the source.
+    Release,
+    /// When quiesced: the target becomes the disk, and the guest goes on; then [`MirrorReport::Switched`].
+    Switch,
+    /// The mirror ends, whatever it has reached, and the guest goes on; then [`MirrorReport::Detached`].
+    Detach,
+}
+
+/// How a mirror ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Switch,
+    Detach,
+}
+
+/// A disk's mirror, if it has one.
+#[derive(Debug, Default)]
+pub(super) struct Mirroring {
+    /// A quiesce is wanted once so many bytes remain at most.
+    wanted: Option<u64>,
+    /// The gate is closed for it.
+    holding: bool,
+    /// The last pass is under way or over.
+    finishing: bool,
+    /// It ends as soon as nothing is in flight.
+    ending: Option<End>,
+}
+
+/// Who else has to know that the images have changed.
+pub(super) enum Changed {
+    Nothing,
+    /// The target's event is to be watched, or not any more.
+    Target,
+    /// Both events are others.
+    Switched,
+}
+
+impl Mirroring {
+    /// Whether requests have to wait.
+    pub(super) fn is_holding(&self) -> bool {
+        self.holding
+    }
+
+    /// Attaches a target, while nothing is in flight.
+    pub(super) fn start(
+        &mut self,
+        drive: &mut Drive,
+        target: Engine,
+        options: &MirrorOptions,
+        disk: &Arc<str>,
+    ) -> Result<(), BlkError> {
+        *self = Self::default();
+        let attached = drive.attach_mirror(target, options);
+        attached.map_err(|error| BlkError::Attach { disk: Arc::clone(disk), source: error.reason })
+    }
+
+    /// Takes an order. What it leads to is reported, or seen to in [`settle`](Self::settle).
+    pub(super) fn order(&mut self, drive: &mut Drive, order: MirrorOrder) -> Result<(), MirrorRefusal> {
+        if self.ending.is_some() && order != MirrorOrder::Detach {
+            return Err(MirrorRefusal::Busy);
+        }
+        match order {
+            MirrorOrder::Pause => {
+                self.release(drive)?;
+                drive.pause()
+            }
+            MirrorOrder::Resume => drive.resume(),
+            MirrorOrder::SetSpeed(speed) => drive.set_speed(speed),
+            MirrorOrder::SetMode(mode) => drive.set_mode(mode),
+            MirrorOrder::Quiesce { limit } => {
+                if drive.target().is_none() {
+                    return Err(MirrorRefusal::NotMirrored);
+                }
+                self.wanted = Some(limit);
+                Ok(())
+            }
+            MirrorOrder::Release => self.release(drive),
+            MirrorOrder::Switch => {
+                if !drive.mirror_status().is_some_and(|status| status.quiesced) {
+                    return Err(MirrorRefusal::NotQuiesced);
+                }
+                self.ending = Some(End::Switch);
+                Ok(())
+            }
+            MirrorOrder::Detach => {
+                drive.pause()?;
+                self.wanted = None;
+                (self.holding, self.ending) = (true, Some(End::Detach));
+                Ok(())
+            }
+        }
+    }
+
+    fn release(&mut self, drive: &mut Drive) -> Result<(), MirrorRefusal> {
+        *self = Self::default();
+        drive.reopen()
+    }
+
+    /// Does what can be done now; `drained` if no request of the guest's is in flight.
+    pub(super) fn settle(&mut self, drive: &mut Drive, drained: bool, disk: &Arc<str>) -> Changed {
+        if let Some(end) = self.ending {
+            return if drained { self.end(end, drive, disk) } else { Changed::Nothing };
+        }
+        let Some(limit) = self.wanted else { return Changed::Nothing };
+        let Some(status) = drive.mirror_status() else { return Changed::Nothing };
+        if !self.holding {
+            let may_go = status.ready && !status.paused && !status.stopped && !status.failed;
+            self.holding = may_go && status.remaining <= limit;
+        }
+        if self.holding && !self.finishing && drained {
+            match drive.finish(limit) {
+                Ok(()) => self.finishing = true,
+                Err(MirrorRefusal::Busy) => {}
+                // It was written to since, or an error came between: another time.
+                Err(_) => self.holding = false,
+            }
+        }
+        Changed::Nothing
+    }
+
+    fn end(&mut self, end: End, drive: &mut Drive, disk: &Arc<str>) -> Changed {
+        let ended = match end {
+            End::Switch => drive.switch(),
+            End::Detach => drive.detach(),
+        };
+        match ended {
+            Ok(other) => {
+                // With its file and its lock: nothing of it is in flight.
+                drop(other);
+                *self = Self::default();
+                if end == End::Switch { Changed::Switched } else { Changed::Target }
+            }
+            Err(MirrorRefusal::Busy) => Changed::Nothing,
+            Err(error) => {
+                tracing::error!(%disk, %error, "The mirror does not end as it should");
+                *self = Self::default();
+                Changed::Nothing
+            }
+        }
+    }
+
+    /// Tells the owner what has happened.
+    pub(super) fn report(&mut self, drive: &mut Drive, disk: &Arc<str>, events: &mut EventSink) {
+        for event in drive.take_events() {
+            let mut tell = |report| events.send(DiskEvent::Mirror { disk: Arc::clone(disk), report });
+            match event {
+                MirrorEvent::Ready => tell(MirrorReport::Ready),
+                MirrorEvent::Error { error, action } => {
+                    let is_read = error.side == Side::Source && error.operation == MirrorOperation::Read;
+                    tell(MirrorReport::Error { is_read, action, nospace: error.errno.is_no_space() });
+                    if action == MirrorAction::Report {
+                        tell(MirrorReport::Failed(error.errno.to_string()));
+                    }
+                }
+                MirrorEvent::Quiesced => {
+                    self.wanted = None;
+                    tell(MirrorReport::Quiesced);
+                }
+                MirrorEvent::Unfinished => {
+                    if self.ending.is_none() {
+                        (self.holding, self.finishing) = (false, false);
+                        // It stays wanted; there is no mirror to reopen only if it has ended.
+                        let _ = drive.reopen();
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Lets the mirror work; when it has to be looked after again.
+pub(super) fn advance(drive: &mut Drive, link: &Link, now: Instant) -> Option<Instant> {
+    let next = drive.advance(now).unwrap_or_else(|error| {
+        tracing::error!(disk = %link.facts.id, %error, "The mirror cannot go on");
+        None
+    });
+    *link.mirror.lock() = drive.mirror_status();
+    next
+}
+
+/// The answer to an order.
+pub(super) fn answer(result: Result<(), MirrorRefusal>, disk: &Arc<str>, reply: &Reply<()>) {
+    let _ = reply.send(result.map_err(|source| BlkError::Mirror { disk: Arc::clone(disk), source }));
+}
