@@ -49,8 +49,8 @@ mod signature;
 
 pub use disk::Disk;
 pub use drive::{
-    AttachError, AttachReason, CopyMode, Drive, MirrorAction, MirrorError, MirrorEvent, MirrorOperation,
-    MirrorOptions, MirrorRefusal, MirrorStatus, MirrorSync, OnError, Side,
+    AttachError, AttachReason, CopyMode, Drive, Former, MirrorAction, MirrorError, MirrorEvent,
+    MirrorOperation, MirrorOptions, MirrorRefusal, MirrorStatus, MirrorSync, OnError, Side,
 };
 pub use engine::fault::{Fault, Faults};
 pub use engine::{Buffer, CallKind, Completion, Engine, EngineKind, EngineOptions, Extent, Operation};

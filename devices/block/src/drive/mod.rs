@@ -70,6 +70,32 @@ impl std::fmt::Debug for AttachError {
     }
 }
 
+/// What a mirror leaves behind: the image that is not the disk's any more, and memory. To close the one and free the
+/// other takes milliseconds, so let the guest go on first.
+pub struct Former {
+    /// Before `core`, as in [`Mirrored`].
+    engine: Engine,
+    _core: Mirror,
+}
+
+impl Former {
+    /// The image.
+    pub fn disk(&self) -> &Disk {
+        self.engine.disk()
+    }
+
+    /// The image at work; nothing is in flight.
+    pub fn into_engine(self) -> Engine {
+        self.engine
+    }
+}
+
+impl std::fmt::Debug for Former {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Former").field(&self.disk().name()).finish()
+    }
+}
+
 /// A disk at work, and perhaps its mirror.
 pub struct Drive {
     /// Before `mirror`, whose memory it uses: its drop waits for what is in flight.
@@ -188,7 +214,12 @@ impl Drive {
             };
             // SAFETY: a guest's buffers by the contract of `queue`, since its completion comes after that of its orders;
             // the mirror's own live in `core`, which is dropped after both engines or when nothing is in flight.
-            unsafe { engine.queue(u64::from(order.id), order.operation) };
+            unsafe {
+                match order.aside {
+                    true => engine.queue_aside(u64::from(order.id), order.operation),
+                    false => engine.queue(u64::from(order.id), order.operation),
+                }
+            }
         }
     }
 
@@ -352,7 +383,7 @@ impl Drive {
     /// # Errors
     ///
     /// It does not; something is in flight. Nothing has changed.
-    pub fn switch(&mut self) -> Result<Engine, MirrorRefusal> {
+    pub fn switch(&mut self) -> Result<Former, MirrorRefusal> {
         let Some(mirrored) =
             self.mirror.take_if(|mirrored| mirrored.may_end() && mirrored.core.is_quiesced())
         else {
@@ -362,7 +393,8 @@ impl Drive {
                 Some(_) => MirrorRefusal::NotQuiesced,
             });
         };
-        Ok(std::mem::replace(&mut self.source, mirrored.target))
+        let Mirrored { target, core, .. } = *mirrored;
+        Ok(Former { engine: std::mem::replace(&mut self.source, target), _core: core })
     }
 
     /// Ends the mirror, whatever it has reached; the target is given back. What is under way must be over: close the gate,
@@ -371,9 +403,12 @@ impl Drive {
     /// # Errors
     ///
     /// Something is in flight. Nothing has changed.
-    pub fn detach(&mut self) -> Result<Engine, MirrorRefusal> {
+    pub fn detach(&mut self) -> Result<Former, MirrorRefusal> {
         match self.mirror.take_if(|mirrored| mirrored.may_end()) {
-            Some(mirrored) => Ok(mirrored.target),
+            Some(mirrored) => {
+                let Mirrored { target, core, .. } = *mirrored;
+                Ok(Former { engine: target, _core: core })
+            }
             None if self.mirror.is_some() => Err(MirrorRefusal::Busy),
             None => Err(MirrorRefusal::NotMirrored),
         }

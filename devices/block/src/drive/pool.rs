@@ -4,14 +4,13 @@
 
 use std::mem::offset_of;
 
-use crate::engine::memory::{self, Aligned, Direction};
+use crate::engine::memory::{self, Direction, Pages};
 use crate::engine::{Buffer, Extent};
 
 /// What memory is lent in: suits every direct I/O.
 pub(super) const BLOCK: usize = 64 << 10;
-/// Blocks allocated at a time.
-const SLAB: usize = 16;
-const ALIGNMENT: usize = 4096;
+/// More than anybody needs.
+const MOST: u64 = 1 << 30;
 
 /// Memory lent out. Comes back with [`Pool::give_back`], when nobody reads or writes it any more.
 #[derive(Debug, Default)]
@@ -20,18 +19,16 @@ pub(super) struct Loan {
 }
 
 pub(super) struct Pool {
-    slabs: Vec<Aligned>,
+    pages: Pages,
     free: Vec<usize>,
-    /// Blocks that may yet be allocated.
-    left: usize,
     capacity: usize,
 }
 
 impl Pool {
-    /// Up to `bytes`, rounded up to whole blocks; allocated when first needed.
+    /// Up to `bytes`, rounded up to whole blocks. Memory is used as it is lent.
     pub(super) fn new(bytes: u64) -> Self {
-        let blocks = usize::try_from(bytes).unwrap_or(usize::MAX).div_ceil(BLOCK).max(1);
-        Self { slabs: Vec::new(), free: Vec::new(), left: blocks, capacity: blocks }
+        let capacity = usize::try_from(bytes.clamp(1, MOST)).unwrap_or(BLOCK).div_ceil(BLOCK);
+        Self { pages: Pages::new(capacity * BLOCK), free: (0..capacity).rev().collect(), capacity }
     }
 
     /// The most that can be lent at all, in bytes.
@@ -41,23 +38,14 @@ impl Pool {
 
     /// Whether nothing is lent out.
     pub(super) fn is_whole(&self) -> bool {
-        self.free.len() + self.left == self.capacity
+        self.free.len() == self.capacity
     }
 
     /// Lends `bytes`, or nothing when there is not enough left.
     pub(super) fn lend(&mut self, bytes: u64) -> Option<Loan> {
         let blocks = usize::try_from(bytes).ok()?.div_ceil(BLOCK);
-        if blocks > self.free.len() + self.left {
-            return None;
-        }
-        while self.free.len() < blocks {
-            let first = self.slabs.len() * SLAB;
-            let count = SLAB.min(self.left);
-            self.slabs.push(Aligned::new(count * BLOCK, ALIGNMENT));
-            self.free.extend((first..first + count).rev());
-            self.left -= count;
-        }
-        Some(Loan { blocks: self.free.split_off(self.free.len() - blocks) })
+        let rest = self.free.len().checked_sub(blocks)?;
+        Some(Loan { blocks: self.free.split_off(rest) })
     }
 
     /// Takes memory back.
@@ -72,8 +60,7 @@ impl Pool {
         for block in &loan.blocks {
             let count = left.min(BLOCK);
             if count > 0 {
-                let base = self.slabs[block / SLAB].base().wrapping_add(block % SLAB * BLOCK);
-                buffers.push(Buffer::new(base, count));
+                buffers.push(Buffer::new(self.pages.base().wrapping_add(block * BLOCK), count));
             }
             left -= count;
         }
@@ -125,8 +112,7 @@ impl Pool {
     }
 
     fn slice(&mut self, block: usize) -> &mut [u8] {
-        let at = block % SLAB * BLOCK;
-        &mut self.slabs[block / SLAB].as_mut_slice()[at..at + BLOCK]
+        &mut self.pages.as_mut_slice()[block * BLOCK..][..BLOCK]
     }
 }
 

@@ -45,6 +45,8 @@ pub(crate) struct Call {
     pub(crate) length: u64,
     pub(crate) segments: *const libc::iovec,
     pub(crate) segment_count: u32,
+    /// Not on the thread that submits it.
+    pub(crate) aside: bool,
 }
 
 // SAFETY: a call is a description; the pointers are only followed under the contract of `run` and
@@ -54,7 +56,7 @@ unsafe impl Send for Call {}
 impl Call {
     /// A call without segments.
     pub(crate) fn on_range(fd: RawFd, kind: CallKind, offset: u64, length: u64) -> Self {
-        Self { fd, kind, offset, length, segments: std::ptr::null(), segment_count: 0 }
+        Self { fd, kind, offset, length, segments: std::ptr::null(), segment_count: 0, aside: false }
     }
 
     /// The mode of `fallocate`, for the calls that are one. Sizes never change.

@@ -114,6 +114,7 @@ impl Aligned {
     }
 
     /// Address of the first byte.
+    #[cfg(test)]
     pub(crate) fn base(&self) -> *mut u8 {
         self.base.as_ptr()
     }
@@ -133,6 +134,47 @@ impl Drop for Aligned {
     fn drop(&mut self) {
         // SAFETY: allocated with this layout.
         unsafe { dealloc(self.base.as_ptr(), self.layout) };
+    }
+}
+
+/// Zeroed pages that cost nothing until they are used, and are given back whole.
+pub(crate) struct Pages {
+    base: NonNull<u8>,
+    length: usize,
+}
+
+// SAFETY: it owns plain memory.
+unsafe impl Send for Pages {}
+
+impl Pages {
+    /// `length` > 0 bytes.
+    pub(crate) fn new(length: usize) -> Self {
+        let (protection, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping, which touches no other.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, -1, 0) };
+        match NonNull::new(base.cast::<u8>()) {
+            Some(valid) if base != libc::MAP_FAILED => Self { base: valid, length },
+            // As any other allocation that fails.
+            _ => handle_alloc_error(Layout::new::<u8>()),
+        }
+    }
+
+    /// Address of the first byte, page-aligned.
+    pub(crate) fn base(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: mapped with this size, and borrowed mutably through self.
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.length) }
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`, and nobody has it any more.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.length) };
     }
 }
 

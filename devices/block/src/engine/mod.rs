@@ -155,6 +155,8 @@ pub struct Completion {
 struct Slot {
     token: u64,
     task: Task,
+    /// Others wait for the caller's thread.
+    aside: bool,
 }
 
 /// A disk at work.
@@ -270,13 +272,32 @@ impl Engine {
     /// The buffers stay valid for reading (writes) or writing (reads) until [`Self::reap`] has handed
     /// out the completion, or the engine was dropped.
     pub unsafe fn queue(&mut self, token: u64, operation: Operation) {
+        // SAFETY: handed on under the same contract.
+        unsafe { self.take(token, operation, false) };
+    }
+
+    /// [`Self::queue`] for what is large and not urgent: it is never done on the caller's thread, which the kernel would
+    /// use to copy to and from the page cache.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::queue`].
+    pub(crate) unsafe fn queue_aside(&mut self, token: u64, operation: Operation) {
+        // SAFETY: handed on under the same contract.
+        unsafe { self.take(token, operation, true) };
+    }
+
+    /// # Safety
+    ///
+    /// As [`Self::queue`].
+    unsafe fn take(&mut self, token: u64, operation: Operation, aside: bool) {
         match self.check(operation) {
             Ok(Some(Task::Sync)) => {
                 self.sync_due.push(token);
                 self.dispatch();
             }
             Ok(Some(task)) => {
-                self.waiting.push_back(Slot { token, task });
+                self.waiting.push_back(Slot { token, task, aside });
                 self.dispatch();
             }
             Ok(None) => self.done.push(Completion { token, result: Ok(()) }),
@@ -399,7 +420,7 @@ impl Engine {
         }
         if let Some(index) = self.free.pop() {
             self.syncing = std::mem::take(&mut self.sync_due);
-            self.slots[index as usize] = Some(Slot { token: 0, task: Task::Sync });
+            self.slots[index as usize] = Some(Slot { token: 0, task: Task::Sync, aside: false });
             self.call(index);
         }
     }
@@ -426,7 +447,7 @@ impl Engine {
     /// Starts the next call of the task in a slot.
     fn call(&mut self, index: u32) {
         if let Some(slot) = &mut self.slots[index as usize] {
-            let call = slot.task.next_call(&self.target);
+            let call = Call { aside: slot.aside, ..slot.task.next_call(&self.target) };
             // SAFETY: the task stays in its slot, and so do its segments, until the result was reaped;
             // the caller's memory by the contract of `queue`; the file lives in `disk`.
             unsafe { self.backend.start(index, call) };

@@ -199,6 +199,7 @@ impl Transfer {
             length: 0,
             segments: Buffer::as_segments(rest),
             segment_count: u32::try_from(rest.len()).unwrap_or(0),
+            aside: false,
         }
     }
 

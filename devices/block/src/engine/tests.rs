@@ -389,6 +389,50 @@ fn discards_and_unmapping_zeroes_give_space_back() {
 }
 
 #[test]
+fn an_image_tells_where_it_has_holes() {
+    for kind in kinds() {
+        let image = image(MIB);
+        image.as_file().write_all_at(&[7; 65536], 256 << 10).unwrap();
+        let mut rig = Rig::new(kind, &image, |_| {});
+        let mut extent = |offset: u64, faults: Option<i32>| {
+            if let Some(code) = faults {
+                rig.faults.inject(CallKind::Extent, Fault::Error(code), 1);
+            }
+            let mut told = Extent::UNKNOWN;
+            let answer = Buffer::new((&raw mut told).cast(), size_of::<Extent>());
+            (rig.run(Operation::Extent { offset, answer }), told)
+        };
+        assert_eq!(extent(0, None), (Ok(()), Extent { hole: true, end: 256 << 10 }));
+        assert_eq!(extent(512, None), (Ok(()), Extent { hole: true, end: 256 << 10 }));
+        assert_eq!(extent(300 << 10, None), (Ok(()), Extent { hole: false, end: 320 << 10 }));
+        assert_eq!(extent(320 << 10, None), (Ok(()), Extent { hole: true, end: u64::MAX }));
+        assert_eq!(extent(MIB as u64, None), (errno(libc::EINVAL), Extent::UNKNOWN));
+        assert_eq!(extent(0, Some(libc::EIO)), (errno(libc::EIO), Extent::UNKNOWN));
+    }
+}
+
+#[test]
+fn what_is_done_aside_is_done() {
+    for (kind, direct) in all_modes() {
+        let image = image(MIB);
+        let mut rig = Rig::new(kind, &image, |options| options.direct = direct);
+        let mut bytes = vec![5; 65536];
+        let aside = |rig: &mut Rig, operation| {
+            // SAFETY: `bytes` outlives the operation, which is waited for.
+            unsafe { rig.engine.queue_aside(9, operation) };
+            assert_eq!(rig.finish(), [Completion { token: 9, result: Ok(()) }]);
+        };
+        let buffers = vec![buffer(&mut bytes)];
+        aside(&mut rig, Operation::Write { offset: 512, buffers: buffers.clone() });
+        bytes.fill(0);
+        aside(&mut rig, Operation::Read { offset: 512, buffers });
+        assert!(bytes.iter().all(|byte| *byte == 5));
+        aside(&mut rig, Operation::WriteZeroes { offset: 0, length: 4096, unmap: true });
+        aside(&mut rig, Operation::Flush);
+    }
+}
+
+#[test]
 fn a_disk_that_keeps_discards_makes_no_holes() {
     for kind in kinds() {
         let image = image(MIB);

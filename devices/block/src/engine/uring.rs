@@ -147,7 +147,8 @@ impl Backend for Uring {
                 Err(_) => opcode::Nop::new().build().user_data(u64::from(slot)),
             },
         };
-        self.push(&entry.user_data(u64::from(slot)));
+        let flags = if call.aside { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        self.push(&entry.user_data(u64::from(slot)).flags(flags));
     }
 
     fn submit(&mut self) -> io::Result<()> {

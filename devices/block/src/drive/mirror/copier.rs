@@ -16,7 +16,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use super::flights::Flight;
-use super::{Bug, Mirror, Phase};
+use super::{Bug, Mirror, Order, Phase};
 use crate::drive::options::{CopyMode, MirrorOperation, Side};
 use crate::drive::pace::{Meter, SpeedLimit};
 use crate::drive::pool::{Loan, Pool};
@@ -361,7 +361,7 @@ impl Mirror {
         let Range { start: offset, end } = copy.piece;
         self.copier.owed += end - offset;
         let buffers = self.copier.pool.buffers(&copy.memory, end - offset);
-        self.order(Side::Source, id, Operation::Read { offset, buffers });
+        self.order_aside(Side::Source, id, Operation::Read { offset, buffers });
         self.flights.put(id, Flight::Copy(copy));
     }
 
@@ -392,8 +392,12 @@ impl Mirror {
         if !self.has_bug(Bug::ZeroForEver) {
             self.ledger.writing(&copy.piece);
         }
-        self.order(Side::Target, id, operation);
+        self.order_aside(Side::Target, id, operation);
         self.flights.put(id, Flight::Copy(copy));
+    }
+
+    fn order_aside(&mut self, side: Side, id: u32, operation: Operation) {
+        self.output.orders.push(Order { side, id, aside: true, operation });
     }
 
     fn piece_done(&mut self, id: u32, copy: Copy) {

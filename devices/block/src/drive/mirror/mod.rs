@@ -55,6 +55,8 @@ const BACKOFF: Duration = Duration::from_millis(100);
 pub(super) struct Order {
     pub(super) side: Side,
     pub(super) id: u32,
+    /// Nobody waits for it: not on the disk's own thread.
+    pub(super) aside: bool,
     pub(super) operation: Operation,
 }
 
@@ -296,7 +298,7 @@ impl Mirror {
     }
 
     fn order(&mut self, side: Side, id: u32, operation: Operation) {
-        self.output.orders.push(Order { side, id, operation });
+        self.output.orders.push(Order { side, id, aside: false, operation });
     }
 
     /// Decides on an error of the mirror's own, whose range was put back.

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use tempfile::NamedTempFile;
 
 use crate::drive::{
-    AttachReason, CopyMode, Drive, MirrorAction, MirrorEvent, MirrorOperation, MirrorOptions, MirrorRefusal,
-    MirrorStatus, MirrorSync, OnError, Side,
+    AttachReason, CopyMode, Drive, Former, MirrorAction, MirrorEvent, MirrorOperation, MirrorOptions,
+    MirrorRefusal, MirrorStatus, MirrorSync, OnError, Side,
 };
 use crate::event::wait_readable;
 use crate::{
@@ -141,7 +141,7 @@ impl Rig {
     }
 
     /// Ends the mirror without the target.
-    fn abort(&mut self) -> Engine {
+    fn abort(&mut self) -> Former {
         self.drive.pause().unwrap();
         let mut target = None;
         self.until(|rig, _| match rig.drive.detach() {
@@ -560,4 +560,60 @@ fn what_does_not_fit_is_refused_and_nothing_has_changed() {
     rig.finish();
     rig.drive.switch().unwrap();
     assert!(content(&target) == content(&source));
+}
+
+#[test]
+fn a_disk_is_copied_in_few_large_steps_and_what_is_known_is_not_asked_again() {
+    let source = hole(64 * MIB);
+    source.as_file().write_all_at(&pattern(8 * MIB, 3), 16 * MIB as u64).unwrap();
+    let target = hole(64 * MIB);
+    let mut rig = Rig::new(&source);
+    rig.mirror(&target, &MirrorOptions { target_is_zero: true, ..MirrorOptions::default() });
+    rig.until_event(MirrorEvent::Ready);
+    let count = |log: &[CallKind], kind| log.iter().filter(|call| **call == kind).count();
+    let (source_log, target_log) = (rig.source_faults.take_log(), rig.target_faults.take_log());
+    assert_eq!((count(&source_log, CallKind::Read), count(&target_log, CallKind::Write)), (8, 8));
+    assert!(count(&source_log, CallKind::Extent) <= 6, "{source_log:?}");
+    assert_eq!(target_log.len(), 9, "{target_log:?}");
+    rig.finish();
+    assert!(content(&target) == content(&source));
+}
+
+#[test]
+fn a_write_wider_than_the_bounce_memory_and_many_at_once_are_served() {
+    let (source, target) = (image(&pattern(4 * MIB, 7)), hole(4 * MIB));
+    let mut rig = Rig::new(&source);
+    rig.mirror(&target, &MirrorOptions { buf_size: 100_000, ..mode(CopyMode::WriteBlocking) });
+    rig.until_event(MirrorEvent::Ready);
+    rig.write(512, &pattern(MIB, 9)).unwrap();
+    rig.until(|rig, _| rig.status().actively_synced);
+    assert!(content(&target) == content(&source));
+    let mut memory = pattern(64 * 20 * KIB, 5);
+    for (token, bytes) in memory.chunks_mut(20 * KIB).enumerate() {
+        let buffers = vec![Buffer::new(bytes.as_mut_ptr(), bytes.len())];
+        let operation = Operation::Write { offset: (token * 40 * KIB) as u64, buffers };
+        // SAFETY: `memory` outlives the requests, which are waited for.
+        unsafe { rig.drive.queue(token as u64, operation) };
+    }
+    assert_eq!(rig.drive.in_flight(), 64);
+    let completions = rig.until(|_, completions| completions.len() == 64);
+    assert!(completions.iter().all(|completion| completion.result.is_ok()));
+    assert!(rig.status().actively_synced);
+    assert!(content(&target) == content(&source));
+}
+
+#[test]
+fn a_drive_may_be_dropped_at_any_moment() {
+    for copy_mode in MODES {
+        let (source, target) = (image(&pattern(4 * MIB, 7)), hole(4 * MIB));
+        let mut rig = Rig::new(&source);
+        rig.mirror(&target, &mode(copy_mode));
+        let mut bytes = [1_u8; 512];
+        let buffers = vec![Buffer::new(bytes.as_mut_ptr(), 512)];
+        // SAFETY: `bytes` outlives the drive.
+        unsafe { rig.drive.queue(1, Operation::Write { offset: 0, buffers }) };
+        rig.round(Instant::now(), &mut Vec::new());
+        drop(rig);
+        assert_eq!(bytes, [1; 512]);
+    }
 }

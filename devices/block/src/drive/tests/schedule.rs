@@ -407,8 +407,8 @@ impl Schedule {
         for _ in 0..STEPS {
             let result = if verdict == Verdict::Switched { self.drive.switch() } else { self.drive.detach() };
             match result {
-                Ok(engine) => {
-                    other = Some(engine);
+                Ok(former) => {
+                    other = Some(former.into_engine());
                     break;
                 }
                 Err(MirrorRefusal::Busy) => {
