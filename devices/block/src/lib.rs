@@ -27,6 +27,8 @@
 //!   covers what was completed before it was queued.
 //! - A flush that failed cannot be repaired by another: without direct I/O the engine keeps failing
 //!   flushes from then on, because Linux forgets what it could not write back.
+//! - Limits and faults are the holder's of a [`Filters`] handle. Whoever waits until nothing is in flight lifts the limits
+//!   first ([`Engine::set_throttled`]).
 //! - Short transfers, `EINTR`, direct I/O's alignment and what a filesystem cannot do (holes, zeroes)
 //!   are the engine's: the caller sees all or an error.
 //!
@@ -53,6 +55,9 @@ pub use drive::{
     MirrorOperation, MirrorOptions, MirrorRefusal, MirrorStatus, MirrorSync, OnError, Side,
 };
 pub use engine::fault::{Fault, Faults};
+pub use engine::filter::Filters;
+pub use engine::filter::fault::{FaultOperation, FaultRule, FaultStatus, MAX_DELAY, MAX_RULES, RuleError};
+pub use engine::filter::throttle::{LimitsError, MAX_RATE, Rate, Rates, ThrottleLimits};
 pub use engine::{Buffer, CallKind, Completion, Engine, EngineKind, EngineOptions, Extent, Operation};
 pub use errno::Errno;
 pub use error::{Holder, OpenError, ResizeError};

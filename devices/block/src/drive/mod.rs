@@ -147,6 +147,11 @@ impl Drive {
         self.mirror.as_ref().map(|mirrored| mirrored.target.event())
     }
 
+    /// As [`Engine::set_throttled`], for the guest's operations; a mirror's own are not limited.
+    pub fn set_throttled(&mut self, throttled: bool) {
+        self.source.set_throttled(throttled);
+    }
+
     /// Operations queued by the caller whose completions were not reaped.
     pub fn in_flight(&self) -> usize {
         match &self.mirror {
@@ -280,13 +285,15 @@ impl Drive {
         Ok(())
     }
 
-    fn install(&mut self, target: Engine, options: &MirrorOptions, limits: Limits) {
+    fn install(&mut self, mut target: Engine, options: &MirrorOptions, limits: Limits) {
         let images = Images {
             size: self.disk().size(),
             tells_extents: !self.disk().geometry().is_block_device,
             sync_errors_stay: !target.disk().is_direct(),
         };
         let core = Mirror::new(images, options, limits);
+        // Limits and faults are the device's: they are about what it works on.
+        target.set_filtering(false);
         self.mirror = Some(Box::new(Mirrored { target, core, results: Vec::new() }));
     }
 
@@ -394,7 +401,10 @@ impl Drive {
             });
         };
         let Mirrored { target, core, .. } = *mirrored;
-        Ok(Former { engine: std::mem::replace(&mut self.source, target), _core: core })
+        let mut former = std::mem::replace(&mut self.source, target);
+        former.set_filtering(false);
+        self.source.set_filtering(true);
+        Ok(Former { engine: former, _core: core })
     }
 
     /// Ends the mirror, whatever it has reached; the target is given back. What is under way must be over: close the gate,

@@ -1,12 +1,12 @@
-//! Errors, short transfers and delays on demand, between an engine and its backend: for tests of
-//! error policies, drains and jobs, on any image.
+//! Errors, short transfers and delays of single calls on demand, between an engine and its backend: for unit tests of
+//! error policies, drains and jobs, on any image. What users ask for goes by operations: [`super::filter`].
 
 #![expect(unsafe_code, reason = "passes calls on under the contract of Backend::start")]
 
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use super::Backend;
 use super::call::{Call, CallKind};
 use super::memory::Buffer;
-use crate::event::Event;
+use crate::event::{Event, any_readable};
 
 /// What to do to calls of one kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,33 +97,11 @@ impl Faults {
     }
 
     pub(crate) fn wrap(&self, inner: Box<dyn Backend>) -> io::Result<Box<dyn Backend>> {
-        let event = both_readable(inner.event(), self.0.changed.as_fd())?;
+        let event = any_readable(&[inner.event(), self.0.changed.as_fd()])?;
         let held = Vec::new();
         let faults = self.clone();
         Ok(Box::new(Faulty { faults, event, held, refused: Vec::new(), short: HashMap::new(), inner }))
     }
-}
-
-/// An epoll descriptor that is readable while either of two is.
-pub(crate) fn both_readable(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    // SAFETY: no pointers.
-    let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: just made, nobody else has it.
-    let epoll = unsafe { OwnedFd::from_raw_fd(fd) };
-    for watched in [a, b] {
-        let mut event = libc::epoll_event { events: libc::EPOLLIN.cast_unsigned(), u64: 0 };
-        // SAFETY: one valid epoll_event.
-        let result = unsafe {
-            libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, watched.as_raw_fd(), &raw mut event)
-        };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(epoll)
 }
 
 struct Faulty {

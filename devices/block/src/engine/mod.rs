@@ -8,6 +8,8 @@
 //!   reap() ◀── Completion ◀── refused      slots full       everything behind it waits
 //! ```
 //!
+//! Before it is checked, an operation may have to pass [`filter`]: limits, and faults that users ask for.
+//!
 //! What an operation needs beyond one call (the rest of a short transfer, a fallback, a bounce
 //! buffer) is a [`task::Task`]'s business and the same whoever makes the calls; a [`Backend`] makes
 //! them: [`uring::Uring`] or [`threads::ThreadPool`], either behind [`fault::Faults`].
@@ -16,7 +18,9 @@
 
 pub(crate) mod call;
 pub(crate) mod fault;
+pub(crate) mod filter;
 pub(crate) mod memory;
+mod operation;
 mod task;
 mod threads;
 mod uring;
@@ -24,12 +28,14 @@ mod uring;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use self::call::Call;
 pub use self::call::CallKind;
 use self::fault::Faults;
+use self::filter::{Asked, Filter, Filters};
 pub use self::memory::Buffer;
+pub use self::operation::{Completion, Extent, Operation};
 use self::task::{Lacks, Progress, Target, Task, Zeroes};
 use crate::disk::Disk;
 use crate::errno::Errno;
@@ -72,84 +78,16 @@ pub struct EngineOptions {
     pub kind: Option<EngineKind>,
     /// Calls in flight at a time, 1–1024; more operations wait in the engine.
     pub depth: u32,
-    /// Errors and delays to make up, for tests of everything above.
+    /// Errors and delays of calls to make up, for tests of everything above.
     pub faults: Option<Faults>,
+    /// Limits, and faults that users ask for.
+    pub filters: Option<Filters>,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { kind: None, depth: 128, faults: None }
+        Self { kind: None, depth: 128, faults: None, filters: None }
     }
-}
-
-/// What to do to a disk. Offsets and lengths in bytes, of any value.
-#[derive(Debug, Clone)]
-pub enum Operation {
-    /// Fill the buffers from `offset` on.
-    Read {
-        /// Where on the disk.
-        offset: u64,
-        /// Where to.
-        buffers: Vec<Buffer>,
-    },
-    /// Store the buffers from `offset` on.
-    Write {
-        /// Where on the disk.
-        offset: u64,
-        /// What.
-        buffers: Vec<Buffer>,
-    },
-    /// Make all completed writes durable. Once it has failed, without direct I/O, it fails for good:
-    /// nobody knows what the page cache has lost.
-    Flush,
-    /// The range's content is not needed any more; it reads as anything afterwards.
-    Discard {
-        /// Where on the disk.
-        offset: u64,
-        /// How much.
-        length: u64,
-    },
-    /// The range reads as zeroes afterwards.
-    WriteZeroes {
-        /// Where on the disk.
-        offset: u64,
-        /// How much.
-        length: u64,
-        /// Whether the range may be given back to the host.
-        unmap: bool,
-    },
-    /// Tell what lies at `offset`, and how far: the answer is an [`Extent`].
-    Extent {
-        /// Where on the disk.
-        offset: u64,
-        /// Memory of one [`Extent`].
-        answer: Buffer,
-    },
-}
-
-/// What a stretch of a disk is, as far as the host's metadata tells. It holds for the moment of the question: what is
-/// written meanwhile may or may not be in it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(C)]
-pub struct Extent {
-    /// A hole: reads as zeroes and takes no room. Data may be zeroes as well.
-    pub hole: bool,
-    /// Where it ends; beyond the disk where nothing follows.
-    pub end: u64,
-}
-
-impl Extent {
-    /// All data: what is known of a disk whose host does not tell.
-    pub const UNKNOWN: Self = Self { hole: false, end: u64::MAX };
-}
-
-/// An operation is over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Completion {
-    /// As given to [`Engine::queue`].
-    pub token: u64,
-    /// Done entirely, or the error; a failed write may have stored a part.
-    pub result: Result<(), Errno>,
 }
 
 struct Slot {
@@ -157,6 +95,8 @@ struct Slot {
     task: Task,
     /// Others wait for the caller's thread.
     aside: bool,
+    /// It fails when it is done.
+    fails: Option<Errno>,
 }
 
 /// A disk at work.
@@ -166,6 +106,7 @@ pub struct Engine {
     disk: Disk,
     backend: Box<dyn Backend>,
     // Volatile.
+    filter: Option<Filter>,
     target: Target,
     slots: Vec<Option<Slot>>,
     free: Vec<u32>,
@@ -206,7 +147,9 @@ impl Engine {
             Some(faults) => faults.wrap(backend)?,
             None => backend,
         };
-        Ok(Self::with_backend(disk, kind, backend, depth))
+        let mut engine = Self::with_backend(disk, kind, backend, depth);
+        engine.set_filters(options.filters.clone())?;
+        Ok(engine)
     }
 
     /// Puts `disk` to work with somebody to make the calls.
@@ -223,6 +166,7 @@ impl Engine {
             kind,
             disk,
             backend,
+            filter: None,
             target,
             slots: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
@@ -253,14 +197,15 @@ impl Engine {
 
     /// Readable while completions wait that the host has sent. Level-triggered, nothing to read.
     pub fn event(&self) -> BorrowedFd<'_> {
-        self.backend.event()
+        self.filter.as_ref().map_or_else(|| self.backend.event(), Filter::event)
     }
 
     /// Operations queued whose completions were not reaped.
     pub fn in_flight(&self) -> usize {
         // Many may ride on the one sync.
         let calls = self.active() - usize::from(!self.syncing.is_empty());
-        calls + self.syncing.len() + self.sync_due.len() + self.waiting.len() + self.done.len()
+        let held = self.filter.as_ref().map_or(0, Filter::held);
+        held + calls + self.syncing.len() + self.sync_due.len() + self.waiting.len() + self.done.len()
     }
 
     /// Takes an operation, which starts at the next [`Self::submit`]. It always completes: what is out
@@ -277,7 +222,7 @@ impl Engine {
     }
 
     /// [`Self::queue`] for what is large and not urgent: it is never done on the caller's thread, which the kernel would
-    /// use to copy to and from the page cache.
+    /// use to copy to and from the page cache. Nor do limits apply: it is not the device's own.
     ///
     /// # Safety
     ///
@@ -291,16 +236,29 @@ impl Engine {
     ///
     /// As [`Self::queue`].
     unsafe fn take(&mut self, token: u64, operation: Operation, aside: bool) {
-        match self.check(operation) {
+        let asked = Asked { token, operation: Some(operation), aside, fails: None };
+        match &mut self.filter {
+            Some(filter) if filter.is_active() => {
+                filter.offer(asked, Instant::now());
+                self.admit();
+            }
+            _ => self.accept(asked),
+        }
+    }
+
+    /// Takes an operation that has passed the filter. What its buffers must be is the contract of [`Self::queue`].
+    fn accept(&mut self, asked: Asked) {
+        let Asked { token, operation, aside, fails } = asked;
+        match operation.map_or(Ok(None), |operation| self.check(operation)) {
             Ok(Some(Task::Sync)) => {
                 self.sync_due.push(token);
                 self.dispatch();
             }
             Ok(Some(task)) => {
-                self.waiting.push_back(Slot { token, task, aside });
+                self.waiting.push_back(Slot { token, task, aside, fails });
                 self.dispatch();
             }
-            Ok(None) => self.done.push(Completion { token, result: Ok(()) }),
+            Ok(None) => self.done.push(Completion { token, result: fails.map_or(Ok(()), Err) }),
             Err(errno) => self.done.push(Completion { token, result: Err(errno) }),
         }
     }
@@ -334,6 +292,7 @@ impl Engine {
             self.advance(slot, result);
         }
         self.results = results;
+        let any = self.release_due() || any;
         completions.append(&mut self.done);
         if any {
             self.dispatch();
@@ -420,7 +379,7 @@ impl Engine {
         }
         if let Some(index) = self.free.pop() {
             self.syncing = std::mem::take(&mut self.sync_due);
-            self.slots[index as usize] = Some(Slot { token: 0, task: Task::Sync, aside: false });
+            self.slots[index as usize] = Some(Slot { token: 0, task: Task::Sync, aside: false, fails: None });
             self.call(index);
         }
     }
@@ -459,6 +418,7 @@ impl Engine {
         match slot.task.advance(&mut self.target, result) {
             Progress::Next => self.call(index),
             Progress::Done(result) => {
+                let result = slot.fails.map_or(result, Err);
                 match &slot.task {
                     Task::Sync => {
                         let synced = self.syncing.drain(..);

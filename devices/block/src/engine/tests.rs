@@ -19,7 +19,7 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 const MIB: usize = 1 << 20;
 
 /// The engines this host has.
-fn kinds() -> Vec<EngineKind> {
+pub(super) fn kinds() -> Vec<EngineKind> {
     let mut kinds = vec![EngineKind::Threads];
     match uring::Uring::new(8) {
         Ok(_) => kinds.push(EngineKind::Uring),
@@ -28,7 +28,7 @@ fn kinds() -> Vec<EngineKind> {
     kinds
 }
 
-fn image(bytes: usize) -> NamedTempFile {
+pub(super) fn image(bytes: usize) -> NamedTempFile {
     let file = NamedTempFile::new().unwrap();
     file.as_file().set_len(bytes as u64).unwrap();
     file
@@ -64,7 +64,8 @@ impl Rig {
         adjust(&mut options);
         let disk = Disk::open(options).unwrap();
         let faults = Faults::new().unwrap();
-        let options = EngineOptions { kind: Some(kind), depth: 16, faults: Some(faults.clone()) };
+        let options =
+            EngineOptions { kind: Some(kind), depth: 16, faults: Some(faults.clone()), filters: None };
         Self { engine: Engine::start(disk, &options).unwrap(), faults, next: 0 }
     }
 
@@ -107,19 +108,19 @@ impl Rig {
     }
 }
 
-fn buffer(bytes: &mut [u8]) -> Buffer {
+pub(super) fn buffer(bytes: &mut [u8]) -> Buffer {
     Buffer::new(bytes.as_mut_ptr(), bytes.len())
 }
 
-fn errno(code: i32) -> Result<(), Errno> {
+pub(super) fn errno(code: i32) -> Result<(), Errno> {
     Err(Errno::new(code))
 }
 
 /// xorshift64*, for repeatable tests.
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn below(&mut self, limit: usize) -> usize {
+    pub(super) fn below(&mut self, limit: usize) -> usize {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -127,7 +128,7 @@ impl Random {
     }
 }
 
-fn seed() -> u64 {
+pub(super) fn seed() -> u64 {
     let clock = std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64 | 1;
     let seed = std::env::var("SEED").map_or(clock, |seed| seed.parse().unwrap());
     println!("SEED={seed}");
@@ -595,7 +596,8 @@ fn a_block_device_is_read_written_zeroed_and_discarded() {
         println!("{kind:?} {:?}", disk.geometry());
         let end = disk.size();
         let faults = Faults::new().unwrap();
-        let options = EngineOptions { kind: Some(kind), depth: 16, faults: Some(faults.clone()) };
+        let options =
+            EngineOptions { kind: Some(kind), depth: 16, faults: Some(faults.clone()), filters: None };
         let mut rig = Rig { engine: Engine::start(disk, &options).unwrap(), faults, next: 0 };
         let mut bytes = vec![7; 256 << 10];
         let offset = end - bytes.len() as u64;

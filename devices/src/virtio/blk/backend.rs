@@ -8,7 +8,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use block::{
-    Disk, Drive, Engine, EngineKind, EngineOptions, Errno, Geometry, MirrorOptions, MirrorStatus, ResizeError,
+    Disk, Drive, Engine, EngineKind, EngineOptions, Errno, Filters, Geometry, MirrorOptions, MirrorStatus,
+    ResizeError,
 };
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
@@ -267,6 +268,7 @@ pub struct BlkBackend {
     thread: Option<JoinHandle<()>>,
     /// Disconnected when the thread is about to end.
     ended: mpsc::Receiver<()>,
+    filters: Option<Filters>,
 }
 
 impl BlkBackend {
@@ -285,6 +287,7 @@ impl BlkBackend {
         let failed = |source| StartError::Host { id: id.clone(), source };
         let size = AtomicU64::new(disk.size());
         let wanted = engine.kind;
+        let filters = engine.filters.clone();
         let engine = Engine::start(disk, &engine).map_err(failed)?;
         if wanted.is_none() && engine.kind() == EngineKind::Threads {
             tracing::info!(disk = id, "The host does not allow io_uring; the disk uses threads");
@@ -323,7 +326,7 @@ impl BlkBackend {
             running.run();
         };
         let thread = thread::Builder::new().name(format!("blk-{id}")).spawn(body).map_err(failed)?;
-        Ok(Self { link, thread: Some(thread), ended })
+        Ok(Self { link, thread: Some(thread), ended, filters })
     }
 
     /// A device on this disk, for one machine. Only one at a time can be activated.
@@ -340,6 +343,11 @@ impl BlkBackend {
     /// What it is now; a switch to another image changes it.
     pub fn facts(&self) -> BlkFacts {
         self.link.current.lock().clone()
+    }
+
+    /// The handle on its limits and faults, if its options had one. They are the device's and stay when its image changes.
+    pub fn filters(&self) -> Option<&Filters> {
+        self.filters.as_ref()
     }
 
     /// The disk's size in bytes.
@@ -391,7 +399,9 @@ impl BlkBackend {
         engine: &EngineOptions,
         options: MirrorOptions,
     ) -> io::Result<Ticket<()>> {
-        let target = Box::new(Engine::start(target, engine)?);
+        // They come into force when the target becomes the disk.
+        let engine = EngineOptions { filters: self.filters.clone(), ..engine.clone() };
+        let target = Box::new(Engine::start(target, &engine)?);
         Ok(self.link.tell("mirror", |reply| Command::StartMirror { target, options, reply }))
     }
 

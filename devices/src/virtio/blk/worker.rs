@@ -200,7 +200,10 @@ impl Running {
 
     /// One round. Returns whether the next should follow at once.
     fn work(&mut self) -> bool {
-        if self.is_open() {
+        let open = self.is_open();
+        // Somebody may wait for what is in flight.
+        self.drive.set_throttled(open);
+        if open {
             self.with_session(|session, host| session.take_requests(host));
         }
         if let Err(error) = self.drive.submit() {

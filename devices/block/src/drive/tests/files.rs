@@ -48,7 +48,11 @@ fn engine(file: &NamedTempFile, faults: &Faults, adjust: impl FnOnce(&mut DiskOp
     let mut options = DiskOptions::path(file.path());
     adjust(&mut options);
     let options = Disk::open(options).unwrap();
-    Engine::start(options, &EngineOptions { kind: None, depth: 64, faults: Some(faults.clone()) }).unwrap()
+    Engine::start(
+        options,
+        &EngineOptions { kind: None, depth: 64, faults: Some(faults.clone()), filters: None },
+    )
+    .unwrap()
 }
 
 struct Rig {
@@ -109,7 +113,7 @@ impl Rig {
             wait_readable(self.drive.event(), timeout);
             return;
         };
-        let both = crate::engine::fault::both_readable(self.drive.event(), target).unwrap();
+        let both = crate::event::any_readable(&[self.drive.event(), target]).unwrap();
         wait_readable(std::os::fd::AsFd::as_fd(&both), timeout);
     }
 

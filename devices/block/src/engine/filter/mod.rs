@@ -1,0 +1,380 @@
+//! What stands between a disk's user and its engine: limits and faults, decided on by whoever holds the handle.
+//!
+//! ```text
+//!   Engine::queue ─▶ limits ─┬─▶ rules ─┬─▶ ready ─▶ Engine, or refused at once
+//!                            │          │               ▲
+//!                         waiting    delayed            │
+//!                       (two lines)     │               │
+//!                            └──────────┴── release ────┘ when the timer fires, or the handle has changed something
+//!
+//!   Filters (a handle, shared): limits, their account, rules ─── version, event ───▶ Filter (one per engine)
+//! ```
+//!
+//! Nothing waits on a thread: a timer is in the set that the engine's event is readable by. Without limits and rules an
+//! operation passes with a look at one flag. Reads and writes wait in a line each, in order; what waits is bounded by
+//! what the user has in flight. The handle keeps all state that is not an operation, so it goes from engine to engine.
+
+pub(crate) mod fault;
+pub(crate) mod throttle;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use self::fault::{FaultRule, FaultStatus, RuleError, Rules};
+use self::throttle::{Account, Direction, LimitsError, ThrottleLimits};
+use super::memory::{self, Buffer};
+use super::{Engine, Operation};
+use crate::errno::Errno;
+use crate::event::{Event, Timer, any_readable};
+
+struct State {
+    account: Account,
+    rules: Rules,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// Whether there is any limit or rule.
+    active: AtomicBool,
+    /// Counts changes; raised after `changed` was signalled, so that whoever has seen it can clear that.
+    version: AtomicU64,
+    changed: Event,
+}
+
+/// A handle on the limits and faults of a disk. Clones share.
+#[derive(Clone)]
+pub struct Filters(Arc<Shared>);
+
+impl fmt::Debug for Filters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.0.state.lock();
+        f.debug_struct("Filters").field("account", &state.account).field("rules", &state.rules).finish()
+    }
+}
+
+/// The same handle.
+impl PartialEq for Filters {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Filters {}
+
+impl Filters {
+    /// No limits, no faults.
+    ///
+    /// # Errors
+    ///
+    /// The host has no descriptor left.
+    pub fn new() -> io::Result<Self> {
+        let account = Account::new(ThrottleLimits::default(), Instant::now());
+        Ok(Self(Arc::new(Shared {
+            state: Mutex::new(State { account, rules: Rules::default() }),
+            active: AtomicBool::new(false),
+            version: AtomicU64::new(0),
+            changed: Event::new()?,
+        })))
+    }
+
+    /// The limits.
+    pub fn limits(&self) -> ThrottleLimits {
+        *self.0.state.lock().account.limits()
+    }
+
+    /// Replaces the limits, and forgets what was done under the old ones. Applies to what waits already.
+    ///
+    /// # Errors
+    ///
+    /// They contradict themselves; the old ones stay.
+    pub fn set_limits(&self, limits: ThrottleLimits) -> Result<(), LimitsError> {
+        limits.validate()?;
+        self.change(|state| state.account = Account::new(limits, Instant::now()));
+        Ok(())
+    }
+
+    /// Adds a rule after those there are; returns its id.
+    ///
+    /// # Errors
+    ///
+    /// It makes no sense, or there are too many.
+    pub fn add_fault(&self, rule: FaultRule) -> Result<u64, RuleError> {
+        self.change(|state| state.rules.add(rule))
+    }
+
+    /// Removes a rule; `false` if there is none of that id. What it delays stays delayed.
+    pub fn remove_fault(&self, id: u64) -> bool {
+        self.change(|state| state.rules.remove(id))
+    }
+
+    /// The rules, and how often they hit.
+    pub fn faults(&self) -> Vec<FaultStatus> {
+        self.0.state.lock().rules.list()
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let shared = &*self.0;
+        let mut state = shared.state.lock();
+        let result = change(&mut state);
+        let active = state.account.limits().is_limited() || !state.rules.is_empty();
+        shared.active.store(active, Ordering::Release);
+        shared.changed.signal();
+        shared.version.fetch_add(1, Ordering::Release);
+        result
+    }
+}
+
+/// An operation on its way.
+pub(super) struct Asked {
+    pub(super) token: u64,
+    /// `None`: nothing is done, and it fails.
+    pub(super) operation: Option<Operation>,
+    /// As for [`Engine::queue_aside`]: no limits.
+    pub(super) aside: bool,
+    /// It fails, whatever comes of it.
+    pub(super) fails: Option<Errno>,
+}
+
+/// The filters of one engine.
+pub(super) struct Filter {
+    handle: Filters,
+    /// Readable when the engine's backend is, or there is something to release.
+    event: OwnedFd,
+    timer: Timer,
+    armed: Option<Instant>,
+    /// The handle's version that was heeded.
+    seen: u64,
+    /// Whether anything applies.
+    filtering: bool,
+    /// Whether the limits do.
+    throttled: bool,
+    /// Reads and writes over the limit.
+    waiting: [VecDeque<Asked>; 2],
+    /// Whose turn it is, of the two.
+    turn: Direction,
+    /// By time, then by order.
+    delayed: BTreeMap<(Instant, u64), Asked>,
+    sequence: u64,
+    ready: VecDeque<Asked>,
+}
+
+impl Filter {
+    /// In front of the backend that `backend` is the event of.
+    pub(super) fn new(handle: Filters, backend: BorrowedFd<'_>) -> io::Result<Self> {
+        let timer = Timer::new()?;
+        let event = any_readable(&[backend, handle.0.changed.as_fd(), timer.as_fd()])?;
+        Ok(Self {
+            handle,
+            event,
+            timer,
+            armed: None,
+            seen: 0,
+            filtering: true,
+            throttled: true,
+            waiting: Default::default(),
+            turn: Direction::Read,
+            delayed: BTreeMap::new(),
+            sequence: 0,
+            ready: VecDeque::new(),
+        })
+    }
+
+    pub(super) fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    /// Operations that were taken and did not pass.
+    pub(super) fn held(&self) -> usize {
+        self.waiting.iter().map(VecDeque::len).sum::<usize>() + self.delayed.len() + self.ready.len()
+    }
+
+    /// Whether operations are to be given to it.
+    pub(super) fn is_active(&self) -> bool {
+        (self.filtering && self.handle.0.active.load(Ordering::Acquire)) || self.held() > 0
+    }
+
+    /// Whether [`Self::release`] may have something to do.
+    pub(super) fn is_due(&self) -> bool {
+        self.held() > 0 || self.handle.0.version.load(Ordering::Acquire) != self.seen
+    }
+
+    /// Takes an operation.
+    pub(super) fn offer(&mut self, asked: Asked, now: Instant) {
+        let handle = self.handle.clone();
+        let mut state = handle.0.state.lock();
+        let Some((direction, bytes)) = asked.cost() else { return self.pass(asked, &mut state, now) };
+        let line = &mut self.waiting[direction as usize];
+        if self.throttled && (!line.is_empty() || !state.account.wait(direction, now).is_zero()) {
+            line.push_back(asked);
+            self.arm(&mut state, now);
+        } else {
+            state.account.pour(direction, bytes);
+            self.pass(asked, &mut state, now);
+        }
+    }
+
+    /// Lets out what need not wait any longer.
+    pub(super) fn release(&mut self, now: Instant) {
+        let version = self.handle.0.version.load(Ordering::Acquire);
+        if version != self.seen {
+            self.seen = version;
+            self.handle.0.changed.clear();
+        }
+        let handle = self.handle.clone();
+        let mut state = handle.0.state.lock();
+        while let Some(asked) = self.next_waiting(&mut state, now) {
+            if let Some((direction, bytes)) = asked.cost() {
+                state.account.pour(direction, bytes);
+                self.turn = direction.other();
+            }
+            self.pass(asked, &mut state, now);
+        }
+        while let Some(entry) = self.delayed.first_entry().filter(|entry| entry.key().0 <= now) {
+            self.ready.push_back(entry.remove());
+        }
+        self.arm(&mut state, now);
+    }
+
+    /// The first in line that may go; the directions take turns.
+    fn next_waiting(&mut self, state: &mut State, now: Instant) -> Option<Asked> {
+        for direction in [self.turn, self.turn.other()] {
+            let line = &mut self.waiting[direction as usize];
+            let free = !self.throttled || state.account.wait(direction, now).is_zero();
+            if free && let Some(asked) = line.pop_front() {
+                return Some(asked);
+            }
+        }
+        None
+    }
+
+    /// Past the limits; now the rules.
+    fn pass(&mut self, mut asked: Asked, state: &mut State, now: Instant) {
+        let Some(rule) = asked.operation.as_ref().and_then(|operation| state.rules.judge(operation)) else {
+            self.ready.push_back(asked);
+            return;
+        };
+        asked.fails = rule.errno;
+        match (rule.torn, &mut asked.operation) {
+            (Some(length), Some(Operation::Write { buffers, .. })) => truncate(buffers, length),
+            _ if rule.errno.is_some() => asked.operation = None,
+            _ => {}
+        }
+        if rule.delay.is_zero() {
+            self.ready.push_back(asked);
+        } else {
+            self.sequence += 1;
+            self.delayed.insert((now + rule.delay, self.sequence), asked);
+            self.arm(state, now);
+        }
+    }
+
+    /// Sets the timer for what comes first.
+    fn arm(&mut self, state: &mut State, now: Instant) {
+        let mut first = self.delayed.keys().next().map(|(due, _)| *due);
+        for direction in [Direction::Read, Direction::Write] {
+            if !self.waiting[direction as usize].is_empty() {
+                let due = now + state.account.wait(direction, now);
+                first = Some(first.map_or(due, |first| first.min(due)));
+            }
+        }
+        if first != self.armed {
+            self.armed = first;
+            // Setting it also takes back that it has fired.
+            self.timer.set(first.map(|due| due.saturating_duration_since(now).max(Duration::from_nanos(1))));
+        }
+    }
+}
+
+impl Asked {
+    /// What it costs, of what is limited.
+    fn cost(&self) -> Option<(Direction, u64)> {
+        let total = |buffers: &[Buffer]| memory::total(buffers).unwrap_or(u64::MAX);
+        match self.operation.as_ref().filter(|_| !self.aside)? {
+            Operation::Read { buffers, .. } => Some((Direction::Read, total(buffers))),
+            Operation::Write { buffers, .. } => Some((Direction::Write, total(buffers))),
+            Operation::WriteZeroes { length, .. } => Some((Direction::Write, *length)),
+            Operation::Flush | Operation::Discard { .. } | Operation::Extent { .. } => None,
+        }
+    }
+}
+
+/// Keeps the first `length` bytes.
+fn truncate(buffers: &mut Vec<Buffer>, length: u64) {
+    let mut left = usize::try_from(length).unwrap_or(usize::MAX);
+    for buffer in buffers.iter_mut() {
+        let kept = buffer.len().min(left);
+        *buffer = Buffer::new(buffer.base(), kept);
+        left -= kept;
+    }
+    buffers.retain(|buffer| !buffer.is_empty());
+}
+
+/// Filters in front of an engine.
+impl Engine {
+    /// The handle on its limits and faults.
+    pub fn filters(&self) -> Option<&Filters> {
+        self.filter.as_ref().map(|filter| &filter.handle)
+    }
+
+    /// Lets the limits and faults of this handle apply, or none. Only while nothing is in flight; [`Self::event`] is
+    /// another one then.
+    ///
+    /// # Errors
+    ///
+    /// The host has no descriptor left.
+    pub fn set_filters(&mut self, filters: Option<Filters>) -> io::Result<()> {
+        self.filter = filters.map(|filters| Filter::new(filters, self.backend.event())).transpose()?;
+        Ok(())
+    }
+
+    /// Whether this engine is the one that the handle's limits and faults are about, as it is at first. Only while nothing
+    /// is in flight: this is how they go with a device from one engine to another.
+    pub fn set_filtering(&mut self, filtering: bool) {
+        if let Some(filter) = &mut self.filter {
+            filter.filtering = filtering;
+        }
+    }
+
+    /// Whether limits apply, as they do at first. Whoever waits for all that is in flight lifts them, or it may take as long
+    /// as the limits are low: what waits starts at the next [`Self::submit`].
+    pub fn set_throttled(&mut self, throttled: bool) {
+        if let Some(filter) = &mut self.filter {
+            filter.throttled = throttled;
+            if !throttled && filter.held() > 0 {
+                filter.release(Instant::now());
+                self.admit();
+            }
+        }
+    }
+
+    /// Lets pass what has waited long enough. Returns whether there was anything.
+    pub(super) fn release_due(&mut self) -> bool {
+        match &mut self.filter {
+            Some(filter) if filter.is_due() => {
+                filter.release(Instant::now());
+                self.admit()
+            }
+            _ => false,
+        }
+    }
+
+    /// Takes what the filter lets pass. Returns whether there was anything.
+    pub(super) fn admit(&mut self) -> bool {
+        let mut any = false;
+        while let Some(asked) = self.filter.as_mut().and_then(|filter| filter.ready.pop_front()) {
+            self.accept(asked);
+            any = true;
+        }
+        any
+    }
+}
+
+#[cfg(test)]
+mod tests;
