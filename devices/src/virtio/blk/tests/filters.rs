@@ -30,8 +30,11 @@ fn whoever_waits_for_a_throttled_disk_does_not_wait_for_its_limits() {
         let (mut rig, filters) = filtered(|blk| blk.engine.kind = Some(kind));
         filters.set_limits(one_per_second()).unwrap();
         let start = Instant::now();
-        let send =
-            |rig: &mut Rig, first| (first..first + 30).for_each(|n| drop(rig.send_write(n, &[1; 512])));
+        let send = |rig: &mut Rig, first| {
+            for sector in first..first + 30 {
+                rig.send_write(sector, &[1; 512]);
+            }
+        };
         send(&mut rig, 0);
         assert_eq!(rig.wait(), OK);
         rig.backend.pause().wait(PATIENCE).unwrap();
