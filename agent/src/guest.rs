@@ -23,7 +23,13 @@ impl Guest {
     /// One that does not freeze: this machine is a real one.
     pub(crate) fn for_test(statedir: &Path) -> Self {
         let (watchdog, _) = crate::watchdog::Watchdog::fake();
-        let freezer = Freezer::new(Linux, statedir, Default::default(), None, (watchdog.into(), None));
+        let freezer = Freezer::new(
+            Linux,
+            statedir,
+            Default::default(),
+            None,
+            (watchdog.into(), crate::watchdog::Past::Elsewhere),
+        );
         Self::new(statedir, freezer.expect("an eventfd"))
     }
 }

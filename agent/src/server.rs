@@ -11,6 +11,9 @@
 //!
 //! So replies keep the order of requests, and yet a host can always find out whether the agent is there.
 
+mod freezing;
+mod restart;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -21,28 +24,25 @@ use std::time::{Duration, Instant};
 use protocol::{Args, Error, Request};
 use serde_json::Value;
 
+use self::freezing::thaw_chore;
+use self::restart::Restart;
 use crate::agent::Agent;
 use crate::channel::{Channel, Received, Seat};
 use crate::dispatch::{self, Incoming};
-use crate::freeze::{Cause, Freezer, Hooks, Linux, Phase};
+use crate::freeze::{Cause, Freezer, Hooks, Linux};
 use crate::guest::Guest;
 use crate::options::Options;
 use crate::poller::{Poller, Ready, Token};
 use crate::schema::{Command, Role, Run};
 use crate::signals::Signals;
-use crate::watchdog::{News, Watchdog};
+use crate::watchdog::Watchdog;
 use crate::worker::{Finished, Pending, Worker};
 use crate::{inheritance, log};
 
 /// Requests of one peer answered before anybody else gets a turn.
 const REQUESTS_PER_TURN: usize = 64;
-/// Commands that may wait for the worker; beyond that requests wait with their peers.
+/// Commands that may wait for the worker; beyond that they are refused.
 const JOBS: usize = 16;
-/// How long the end waits for filesystems to thaw.
-const THAWING: Duration = Duration::from_secs(30);
-/// First and longest pause before another watchdog is started.
-const RESTART_FIRST: Duration = Duration::from_secs(1);
-const RESTART_LONGEST: Duration = Duration::from_secs(60);
 
 /// Why the agent cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -72,8 +72,12 @@ pub(crate) fn start(options: Options, inherited: Option<OwnedFd>) -> Result<Serv
     let freezing = Arc::clone(guest.freezer.freezing());
     poller.add_readable(freezing.begun(), Token::Freezing).map_err(ServeError::SetUp)?;
     let agent = Agent::new(access.clone(), Rc::clone(&poller), freezing, watchdog);
-    let worker = Worker::start(guest, access).map_err(ServeError::SetUp)?;
+    let unfinished = guest.freezer.unfinished();
+    let mut worker = Worker::start(guest, access).map_err(ServeError::SetUp)?;
     poller.add_readable(&worker, Token::Worker).map_err(ServeError::SetUp)?;
+    if let Some(cause) = unfinished {
+        worker.submit_chore(thaw_chore(agent.freezing.number(), cause));
+    }
     let channel = Channel::open(&address, inherited, Rc::clone(&poller)).map_err(ServeError::SetUp)?;
     let sessions = channel.seats().map(|_| Session::default()).collect();
     let freeze_timeout = freeze.timeout;
@@ -97,8 +101,8 @@ struct Session {
     busy: Option<Busy>,
     /// The first message behind it.
     ahead: Option<Incoming>,
-    /// It was told of its freeze and may not have read that yet.
-    unheard: bool,
+    /// It was told of this freeze and may not have read that yet.
+    unheard: Option<u64>,
 }
 
 struct Busy {
@@ -158,6 +162,10 @@ impl Server {
             if self.freeze_overdue_at().is_some_and(|at| at <= Instant::now()) {
                 self.cancel_freeze("The freeze took too long");
             }
+            if self.unwatched_lease_end().is_some_and(|at| at <= Instant::now()) {
+                self.agent.freezing.lapse();
+                self.thaw_for(Cause::Lease);
+            }
             if self.restart.due.is_some_and(|at| at <= Instant::now()) {
                 self.restart_watchdog();
             }
@@ -189,7 +197,10 @@ impl Server {
             return Some(Duration::ZERO);
         }
         let due =
-            [self.channel.retry_at(), self.freeze_overdue_at(), self.restart.due].into_iter().flatten().min();
+            [self.channel.retry_at(), self.freeze_overdue_at(), self.restart.due, self.unwatched_lease_end()]
+                .into_iter()
+                .flatten()
+                .min();
         due.map(|at| at.saturating_duration_since(Instant::now()))
     }
 
@@ -200,7 +211,7 @@ impl Server {
             self.look_whether_it_left(seat);
             let incoming = match self.sessions[index].ahead.take() {
                 Some(incoming) => incoming,
-                None => match self.channel.receive(seat) {
+                None => match self.channel.receive(seat, self.sessions[index].busy.is_some()) {
                     Received::Item(item) => Incoming::parse(item),
                     Received::Left => {
                         self.forget(seat);
@@ -212,7 +223,11 @@ impl Server {
                         self.thaw_for(Cause::ChannelLost);
                         continue;
                     }
-                    Received::Nothing => return,
+                    Received::Nothing => {
+                        // What it was told may have gone to it just now.
+                        self.look_whether_it_left(seat);
+                        return;
+                    }
                 },
             };
             if !self.sessions[index].admits(&incoming) {
@@ -231,26 +246,26 @@ impl Server {
         } else if self.channel.is_deaf(seat) {
             // What it asked for is still carried out.
             self.give_up_waiting(seat, "The client that asked for the freeze has left");
-            if std::mem::take(&mut self.sessions[index].unheard) {
-                self.thaw_for(Cause::Unheard);
+            if let Some(freeze) = self.sessions[index].unheard.take() {
+                self.thaw_unheard(freeze);
             }
         } else if self.channel.is_heard(seat) {
-            self.sessions[index].unheard = false;
+            self.sessions[index].unheard = None;
         }
     }
 
     /// Another peer may take the seat.
     fn forget(&mut self, seat: Seat) {
         self.give_up_waiting(seat, "The client that asked for the freeze has left");
-        if std::mem::take(&mut self.sessions[usize::from(seat)]).unheard {
-            self.thaw_for(Cause::Unheard);
+        if let Some(freeze) = std::mem::take(&mut self.sessions[usize::from(seat)]).unheard {
+            self.thaw_unheard(freeze);
         }
     }
 
     /// The peer does not wait for its command any more. A freeze that nobody would hear of is none.
     fn give_up_waiting(&mut self, seat: Seat, why: &str) {
         let Some(busy) = self.sessions[usize::from(seat)].busy.take() else { return };
-        busy.pending.wanted.store(false, Ordering::Release);
+        busy.pending.wanted.store(false, Ordering::SeqCst);
         if busy.command.role == Role::Freeze && self.worker.current() == busy.pending.ticket {
             self.cancel_freeze(why);
         }
@@ -306,14 +321,14 @@ impl Server {
     }
 
     /// A command on the worker has ended. Its peer may have left, or wait for it no more.
-    fn on_finished(&mut self, Finished { ticket, role, result }: Finished) {
+    fn on_finished(&mut self, Finished { ticket, role, freeze, result }: Finished) {
         let froze = role == Role::Freeze && result.as_ref().is_ok_and(|count| *count != 0);
         match self.take_busy(|busy| busy.pending.ticket == ticket) {
             Some((seat, busy)) => {
                 self.reply(seat, Some(busy.command), busy.request, result);
-                self.sessions[usize::from(seat)].unheard |= froze;
+                self.sessions[usize::from(seat)].unheard = froze.then_some(freeze);
             }
-            None if froze => self.thaw_for(Cause::Unheard),
+            None if froze => self.thaw_unheard(freeze),
             None => {}
         }
     }
@@ -342,179 +357,7 @@ impl Server {
     }
 }
 
-/// What the loop has to do with freezing: it is never in the way of a thaw.
-impl Server {
-    /// What a command means for a freeze before it runs.
-    fn before(&mut self, command: &Command, oob: bool) {
-        match command.role {
-            Role::Thaw => self.cancel_freeze("The freeze was cancelled by guest-fsfreeze-thaw"),
-            // Whoever only watches asks out of band.
-            Role::FreezeStatus if !oob && self.agent.freezing.renew() => {
-                self.tell_watchdog(self.agent.watchdog.renew());
-            }
-            Role::None | Role::Freeze | Role::FreezeStatus => {}
-        }
-    }
-
-    fn freeze_overdue_at(&self) -> Option<Instant> {
-        self.agent.freezing.overdue_at(self.freeze_timeout?)
-    }
-
-    /// Ends a freeze in progress, if there is one. The kernel cannot be stopped: what it is freezing right now
-    /// is thawed when it is done with it, everything else at once. The client does not wait for that.
-    fn cancel_freeze(&mut self, why: &str) {
-        if !self.agent.freezing.cancel(why) {
-            return;
-        }
-        log::warning(format_args!("{why}"));
-        self.tell_watchdog(self.agent.watchdog.thaw(Cause::Failure));
-        let current = self.worker.current();
-        let is_it = |busy: &Busy| busy.pending.ticket == current && busy.command.role == Role::Freeze;
-        if let Some((seat, busy)) = self.take_busy(is_it) {
-            self.reply(seat, Some(busy.command), busy.request, Err(Error::generic(why)));
-        }
-    }
-
-    fn hear_watchdog(&mut self) {
-        while let Some(news) = self.agent.watchdog.news() {
-            match news {
-                News::Thawed { number, .. } if number != self.agent.freezing.number() => {}
-                News::Thawed { cause, .. } => {
-                    log::warning(format_args!("The watchdog has thawed: {}", cause.name()));
-                    self.agent.freezing.lost(cause);
-                    self.cancel_freeze("The lease ran out before everything was frozen");
-                    self.submit_thaw(cause);
-                }
-                News::Dead => {
-                    log::error(format_args!("The watchdog has died"));
-                    self.poller.remove(&*self.agent.watchdog.socket());
-                    self.agent.watchdog.reap();
-                    self.restart.died(Instant::now());
-                    return;
-                }
-            }
-        }
-    }
-
-    fn restart_watchdog(&mut self) {
-        let watchdog = Arc::clone(&self.agent.watchdog);
-        let restarted = watchdog
-            .restart()
-            .and_then(|()| self.poller.add_readable(&*watchdog.socket(), Token::Watchdog))
-            .and_then(|()| self.agent.freezing.rearm(&watchdog));
-        match restarted {
-            Ok(()) => self.restart.succeeded(Instant::now()),
-            Err(error) => {
-                self.poller.remove(&*watchdog.socket());
-                self.restart.died(Instant::now());
-                log::error(format_args!(
-                    "Cannot start a watchdog, and nothing can be frozen without: {error}"
-                ));
-            }
-        }
-    }
-
-    fn tell_watchdog(&self, told: io::Result<()>) {
-        if let Err(error) = told {
-            log::error(format_args!("Cannot tell the watchdog: {error}"));
-        }
-    }
-
-    /// Thaws what is frozen when nobody is left to ask for it.
-    fn thaw_for(&mut self, cause: Cause) {
-        if self.agent.freezing.is_frozen() {
-            log::warning(format_args!("Thawing: {}", cause.name()));
-            self.cancel_freeze("The agent thaws for want of a host");
-            self.submit_thaw(cause);
-        }
-    }
-
-    fn submit_thaw(&mut self, cause: Cause) {
-        self.worker.submit_chore(Box::new(move |guest| {
-            if let Err(error) = guest.freezer.thaw_for(cause) {
-                log::error(format_args!("{}", error.text()));
-            }
-        }));
-    }
-
-    /// Filesystems that are still frozen are thawed. If one hangs, the watchdog stays with it. Whether all are thawed.
-    fn end(&mut self) -> bool {
-        if self.agent.freezing.is_frozen() {
-            self.thaw_for(Cause::AgentEnds);
-            let deadline = Instant::now() + THAWING;
-            // The hooks after the thaw are the worker's, too.
-            while self.worker.waiting() > 0 {
-                let rest = deadline.saturating_duration_since(Instant::now());
-                if rest.is_zero() {
-                    break;
-                }
-                for (token, ready) in self.poller.wait(Some(rest)).unwrap_or_default() {
-                    self.on_event(token, ready);
-                }
-            }
-        }
-        self.channel.flush();
-        let thawed = self.agent.freezing.phase() == Phase::Thawed;
-        if !thawed {
-            log::error(format_args!("Filesystems are still frozen"));
-        }
-        log::debug(format_args!("Guest agent ends"));
-        thawed
-    }
-}
-
-/// When to start a watchdog in place of one that died: at once, but not again and again.
-#[derive(Debug)]
-struct Restart {
-    started: Instant,
-    pause: Duration,
-    due: Option<Instant>,
-}
-
-impl Restart {
-    fn new() -> Self {
-        Self { started: Instant::now(), pause: Duration::ZERO, due: None }
-    }
-
-    fn died(&mut self, now: Instant) {
-        let lived = now.saturating_duration_since(self.started);
-        self.pause = if self.due.is_none() && lived > RESTART_LONGEST {
-            Duration::ZERO
-        } else {
-            (self.pause * 2).clamp(RESTART_FIRST, RESTART_LONGEST)
-        };
-        self.due = Some(now + self.pause);
-    }
-
-    fn succeeded(&mut self, now: Instant) {
-        (self.started, self.due) = (now, None);
-    }
-}
-
 /// Commands that may wait: a thaw finds room where nothing else does.
 fn jobs(command: &Command) -> usize {
     if command.role == Role::Thaw { 2 * JOBS } else { JOBS }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_watchdog_that_keeps_dying_is_started_less_and_less_often() {
-        let mut restart = Restart::new();
-        let start = restart.started;
-        restart.died(start + 2 * RESTART_LONGEST);
-        assert_eq!(restart.due, Some(start + 2 * RESTART_LONGEST), "the first time at once");
-        let mut now = start + 2 * RESTART_LONGEST;
-        let mut pauses = Vec::new();
-        for _ in 0..10 {
-            restart.succeeded(now);
-            restart.died(now);
-            pauses.push(restart.pause);
-            now += restart.pause;
-        }
-        assert_eq!(pauses[..3], [RESTART_FIRST, 2 * RESTART_FIRST, 4 * RESTART_FIRST]);
-        assert_eq!(pauses[9], RESTART_LONGEST);
-    }
 }

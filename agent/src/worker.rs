@@ -54,6 +54,8 @@ enum Work {
 pub(crate) struct Finished {
     pub(crate) ticket: Ticket,
     pub(crate) role: Role,
+    /// The number of the last freeze.
+    pub(crate) freeze: u64,
     pub(crate) result: Result<Value, Error>,
 }
 
@@ -87,13 +89,16 @@ impl Worker {
         thread::Builder::new().name("worker".into()).stack_size(STACK).spawn(move || {
             for Job { ticket, work, wanted } in queue {
                 let role = work.role();
-                running.store(ticket, Ordering::Release);
-                let result = if role == Role::Freeze && !wanted.load(Ordering::Acquire) {
+                running.store(ticket, Ordering::SeqCst);
+                let result = if role == Role::Freeze && !wanted.load(Ordering::SeqCst) {
                     Err(Error::generic("Nobody waits for the freeze any more"))
                 } else {
                     carry_out(work, &mut guest, &access)
                 };
-                if results.send(Finished { ticket, role, result }).is_err() {
+                if results
+                    .send(Finished { ticket, role, freeze: guest.freezer.freezing().number(), result })
+                    .is_err()
+                {
                     return;
                 }
                 // Fails only if the counter is full: then the bell rings already.
@@ -110,7 +115,7 @@ impl Worker {
 
     /// The job that runs, or the last one that did.
     pub(crate) fn current(&self) -> Ticket {
-        self.current.load(Ordering::Acquire)
+        self.current.load(Ordering::SeqCst)
     }
 
     /// Queues something of the agent's own.

@@ -97,8 +97,9 @@ impl Connection {
         self.deaf = ready.hung_up;
     }
 
-    /// The next message, after sending what can be sent.
-    pub(super) fn next(&mut self) -> Next {
+    /// The next message, after sending what can be sent. A peer that sends no more has not left while it is `owed` a
+    /// reply.
+    pub(super) fn next(&mut self, owed: bool) -> Next {
         loop {
             if self.deaf {
                 self.drop_output();
@@ -120,7 +121,8 @@ impl Connection {
                 return Next::Broken(ErrorKind::UnexpectedEof.into());
             }
             if self.ended {
-                return if self.pending() == 0 { Next::HungUp } else { Next::Blocked };
+                let waits = self.pending() > 0 || (owed && !self.deaf);
+                return if waits { Next::Blocked } else { Next::HungUp };
             }
             if !self.readable {
                 return Next::Blocked;
@@ -251,11 +253,22 @@ mod tests {
         let (mut connection, mut client) = pair(Kind::Socket);
         client.write_all(b"{}").unwrap();
         client.shutdown(std::net::Shutdown::Write).unwrap();
-        assert!(matches!(connection.next(), Next::Item(Item::Value(_))));
+        assert!(matches!(connection.next(false), Next::Item(Item::Value(_))));
         connection.send(b"reply\n");
-        assert!(matches!(connection.next(), Next::HungUp));
+        assert!(matches!(connection.next(false), Next::HungUp));
         let mut reply = [0; 16];
         assert_eq!(client.read(&mut reply).unwrap(), 6);
+    }
+
+    #[test]
+    fn a_client_that_sends_no_more_has_not_left_before_it_was_answered() {
+        let (mut connection, mut client) = pair(Kind::Socket);
+        client.write_all(b"{}").unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        assert!(matches!(connection.next(true), Next::Item(Item::Value(_))));
+        assert!(matches!(connection.next(true), Next::Blocked));
+        connection.send(b"reply\n");
+        assert!(matches!(connection.next(false), Next::HungUp));
     }
 
     #[test]
@@ -265,10 +278,10 @@ mod tests {
         drop(client);
         connection.on_ready(Ready { hung_up: true, ..edge() });
         for _ in 0..2 {
-            assert!(matches!(connection.next(), Next::Item(Item::Value(_))));
+            assert!(matches!(connection.next(false), Next::Item(Item::Value(_))));
             connection.send(b"reply\n");
         }
-        assert!(matches!(connection.next(), Next::HungUp));
+        assert!(matches!(connection.next(false), Next::HungUp));
     }
 
     #[test]
@@ -279,7 +292,7 @@ mod tests {
         for _ in 0..100 {
             let _ = client.write(b"{}");
             connection.on_ready(Ready { writable: false, ..edge() });
-            while let Next::Item(_) = connection.next() {
+            while let Next::Item(_) = connection.next(false) {
                 answered += 1;
                 connection.send(&reply);
             }
@@ -290,7 +303,7 @@ mod tests {
         while answered < 100 {
             while client.read(&mut drained).is_ok_and(|count| count > 0) {}
             connection.on_ready(edge());
-            while let Next::Item(_) = connection.next() {
+            while let Next::Item(_) = connection.next(false) {
                 answered += 1;
                 connection.send(&reply);
             }
@@ -303,26 +316,28 @@ mod tests {
         client.write_all(b"{}").unwrap();
         drop(client);
         connection.on_ready(Ready { hung_up: true, ..edge() });
-        assert!(matches!(connection.next(), Next::Broken(_)));
+        assert!(matches!(connection.next(false), Next::Broken(_)));
         let (mut connection, mut client) = pair(Kind::Line);
         client.write_all(b"{}").unwrap();
         drop(client);
-        assert!(matches!(connection.next(), Next::Item(Item::Value(_))));
-        assert!(matches!(connection.next(), Next::Broken(_)));
+        assert!(matches!(connection.next(false), Next::Item(Item::Value(_))));
+        assert!(matches!(connection.next(false), Next::Broken(_)));
     }
 
     #[test]
     fn half_a_request_and_unsent_output_end_with_the_peer() {
         let (mut connection, mut client) = pair(Kind::Port);
         client.write_all(b"{'execute'").unwrap();
-        assert!(matches!(connection.next(), Next::Blocked));
+        assert!(matches!(connection.next(false), Next::Blocked));
         connection.send(b"stale");
         client.shutdown(std::net::Shutdown::Both).unwrap();
         connection.on_ready(Ready { hung_up: true, ..edge() });
-        assert!(matches!(connection.next(), Next::HungUp));
+        assert!(matches!(connection.next(false), Next::HungUp));
         connection.reset();
         assert_eq!(connection.pending(), 0);
         connection.decoder.feed(b"{'fresh':1}");
-        assert!(matches!(connection.next(), Next::Item(Item::Value(value)) if value == json!({"fresh": 1})));
+        assert!(
+            matches!(connection.next(false), Next::Item(Item::Value(value)) if value == json!({"fresh": 1}))
+        );
     }
 }

@@ -145,11 +145,11 @@ impl Channel {
         }
     }
 
-    /// The next message of a peer. Call it until it returns [`Received::Nothing`]: only then does the next
+    /// The next message of a peer, which may still be `owed` a reply. Call it until it returns [`Received::Nothing`]: only then does the next
     /// event come.
-    pub(crate) fn receive(&mut self, seat: Seat) -> Received {
+    pub(crate) fn receive(&mut self, seat: Seat, owed: bool) -> Received {
         let Some(Some(connection)) = self.seats.get_mut(usize::from(seat)) else { return Received::Nothing };
-        match (connection.next(), &mut self.source) {
+        match (connection.next(owed), &mut self.source) {
             (Next::Item(item), _) => Received::Item(item),
             (Next::Blocked, _) => Received::Nothing,
             (Next::HungUp, Source::Port(_)) => {
@@ -219,7 +219,7 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(poller.wait(Some(std::time::Duration::ZERO)).unwrap(), []);
             assert!(channel.retry_at().is_some_and(|at| at > Instant::now()));
-            assert!(matches!(channel.receive(0), Received::Nothing));
+            assert!(matches!(channel.receive(0, false), Received::Nothing));
             channel.connect();
         }
     }

@@ -19,7 +19,7 @@
 //!
 //! A frozen guest has four ways out, each of which needs none of the others: the client thaws; the agent
 //! thaws when it ends or loses the host; the [`crate::watchdog`] thaws when the lease runs out or the agent
-//! dies; an agent that starts again thaws for its predecessor.
+//! dies; an agent that starts again takes over from its predecessor, lease included.
 //!
 //! [`mounts`] and [`order`] are pure; [`engine`] is what happens between agent and kernel; [`progress`] is
 //! what the main loop sees of it while the worker is at it; [`report`] is what is told afterwards.
@@ -32,6 +32,7 @@ mod mounts;
 mod order;
 mod progress;
 mod report;
+mod takeover;
 mod uncover;
 
 use std::fs::{self, OpenOptions};
@@ -40,7 +41,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use rustix::mm::{MlockAllFlags, mlockall, munlockall};
 
@@ -55,7 +56,7 @@ pub(crate) use self::mounts::{Superblock, mountpoints};
 pub(crate) use self::progress::{Freezing, Phase};
 pub(crate) use self::report::{Cause, REPORT, milliseconds};
 use self::report::{Outcome, Report, Thaw};
-use crate::watchdog::{Inheritance, Watchdog};
+use crate::watchdog::{Past, Watchdog};
 use crate::{log, pidfile};
 
 /// In the state directory for as long as filesystems may be frozen.
@@ -78,6 +79,8 @@ pub(crate) struct Freezer<K: Kernel> {
     held: Vec<Held<K::Handle>>,
     /// Hooks that were told of a freeze and not of its end.
     owed: Vec<PathBuf>,
+    /// A former agent's watchdog has thawed, for this reason, and the rest is still to be done.
+    unfinished: Option<Cause>,
 }
 
 /// What to freeze, and for how long.
@@ -99,7 +102,7 @@ where
         statedir: &Path,
         hooks: Hooks,
         lease: Option<Duration>,
-        (watchdog, inheritance): (Arc<Watchdog>, Option<Inheritance>),
+        (watchdog, past): (Arc<Watchdog>, Past),
     ) -> io::Result<Self> {
         let mut freezer = Self {
             engine: Engine::new(kernel),
@@ -110,12 +113,22 @@ where
             watchdog,
             held: Vec::new(),
             owed: Vec::new(),
+            unfinished: None,
         };
-        match inheritance {
-            Some(inheritance) => freezer.inherit(inheritance),
-            None => freezer.look_for_state_file(),
+        match past {
+            Past::Left(inheritance) => freezer.inherit(inheritance),
+            Past::Unknown => freezer.look_for_state_file(),
+            Past::Elsewhere => {}
+        }
+        if !freezer.is_frozen() {
+            freezer.watchdog.listen();
         }
         Ok(freezer)
+    }
+
+    /// Why [`thaw_for`](Self::thaw_for) is to be called first of all.
+    pub(crate) fn unfinished(&self) -> Option<Cause> {
+        self.unfinished
     }
 
     /// What other threads may know.
@@ -149,7 +162,7 @@ where
             Err(error) => self.freezing.with_report(|report| report.error = Some(error.text())),
         }
         // Nothing frozen is no failure, and still the end: hooks may have run.
-        if let Err(error) = self.settle(Cause::Failure, false) {
+        if let Err(error) = self.settle(Cause::Failure, false, false) {
             log::error(format_args!("{} after a freeze that failed", error.text()));
         }
         if result.is_ok() {
@@ -269,7 +282,7 @@ where
     /// When a filesystem stays frozen, or when it cannot be told what is mounted and nothing was
     /// thawed. The state stays "frozen" then, and another thaw is allowed.
     pub(crate) fn thaw(&mut self) -> Result<u64, FreezeError> {
-        self.settle(Cause::Command, true)
+        self.settle(Cause::Command, true, true)
     }
 
     /// Thaws what this agent, or a former one, froze, without being asked by the host.
@@ -279,10 +292,11 @@ where
         }
         // Without descriptors there are only the mount points to go by.
         let everywhere = self.held.is_empty();
-        self.settle(cause, everywhere)
+        self.settle(cause, everywhere, false)
     }
 
-    fn settle(&mut self, cause: Cause, everywhere: bool) -> Result<u64, FreezeError> {
+    /// `everywhere`: also what nobody here has frozen. `all_hooks`: also those that were told of no freeze.
+    fn settle(&mut self, cause: Cause, everywhere: bool, all_hooks: bool) -> Result<u64, FreezeError> {
         let was_frozen = self.is_frozen();
         if was_frozen {
             self.freezing.enter(Phase::Thawing);
@@ -292,8 +306,9 @@ where
                 if was_frozen {
                     self.finish(cause);
                 }
-                self.run_thaw_hooks(cause);
+                self.run_thaw_hooks(all_hooks);
                 self.tell_watchdog(self.watchdog.end());
+                self.watchdog.listen();
                 Ok(count)
             }
             Err(error) => {
@@ -346,9 +361,9 @@ where
     }
 
     /// Every hook that was told of the freeze is told of its end. One that fails does not undo the thaw.
-    fn run_thaw_hooks(&mut self, cause: Cause) {
+    fn run_thaw_hooks(&mut self, all: bool) {
         let mut programs = std::mem::take(&mut self.owed);
-        if programs.is_empty() && cause == Cause::Command {
+        if programs.is_empty() && all {
             // A thaw is unconditional; so is its hook.
             programs = self.hooks.programs();
         }
@@ -360,101 +375,16 @@ where
         });
     }
 
+    /// As the reference: readable by its owner, empty, left as it is if it is there.
+    fn create_state_file(&self) -> io::Result<()> {
+        OpenOptions::new().append(true).create(true).mode(0o600).open(&self.state_file).map(drop)
+    }
+
     /// A watchdog that died is replaced by the main loop.
     fn tell_watchdog(&self, told: io::Result<()>) {
         if let Err(error) = told {
             log::warning(format_args!("Cannot tell the watchdog: {error}"));
         }
-    }
-}
-
-/// Taking over from a former agent.
-impl<K: Kernel> Freezer<K>
-where
-    K::Handle: AsFd + From<OwnedFd> + Send + Sync + 'static,
-{
-    /// The former agent's watchdog is alive and now this agent's.
-    fn inherit(&mut self, Inheritance { handover, held }: Inheritance) {
-        if handover.hooks {
-            self.owed = self.hooks.programs();
-        }
-        if !handover.armed {
-            self.tell_watchdog(self.watchdog.end());
-            self.look_for_state_file();
-            return;
-        }
-        self.freezing.begin(handover.lease);
-        let held = held
-            .into_iter()
-            .map(|(label, fd)| Held { superblock: label.into(), handle: Arc::new(fd.into()) });
-        self.held = held.collect();
-        self.freezing.with_report(|report| {
-            report.filesystems = self.held.iter().map(Held::record).collect();
-            for record in &mut report.filesystems {
-                record.outcome = Outcome::Frozen;
-            }
-        });
-        self.arm(handover.left);
-        match handover.thawed {
-            None => {
-                log::warning(format_args!(
-                    "A former agent left filesystems frozen; guest-fsfreeze-thaw thaws them"
-                ));
-                log::hold();
-                self.freezing.enter(Phase::Frozen);
-            }
-            Some(cause) => {
-                log::warning(format_args!("The watchdog thawed for a former agent: {}", cause.name()));
-                if let Err(error) = self.thaw_filesystems(false) {
-                    log::error(format_args!("{}", error.text()));
-                }
-                self.held.clear();
-                self.finish(cause);
-                if !self.owed.is_empty() {
-                    self.run_thaw_hooks(cause);
-                }
-                self.tell_watchdog(self.watchdog.end());
-            }
-        }
-    }
-
-    /// No watchdog is left, but perhaps the file that the reference agent leaves, too. If it cannot be told
-    /// whether it is there, a thaw does no harm.
-    fn look_for_state_file(&mut self) {
-        let age = match fs::symlink_metadata(&self.state_file) {
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return,
-            Err(_) => Duration::ZERO,
-            Ok(metadata) => {
-                let since = metadata.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok());
-                since.unwrap_or_default()
-            }
-        };
-        log::warning(format_args!(
-            "{} is there: filesystems may be frozen; guest-fsfreeze-thaw thaws them",
-            self.state_file.display()
-        ));
-        log::hold();
-        let number = self.freezing.begin(self.lease);
-        self.freezing.enter(Phase::Frozen);
-        self.freezing.with_report(|report| report.unwatched = true);
-        // Those that can be opened, in case they are frozen.
-        if let Ok(survey) = self.engine.survey() {
-            self.held = self.engine.open_any(&survey.superblocks);
-        }
-        let left = self.lease.map(|lease| lease.saturating_sub(age));
-        self.owed = self.hooks.programs();
-        self.arm(left);
-        let armed = self.watchdog.begin(number, !self.owed.is_empty()).and_then(|()| {
-            let mut held = self.held.iter();
-            held.try_for_each(|held| self.watchdog.hold(held.superblock.label(), held.handle.as_fd()))?;
-            self.watchdog.arm(self.lease, left)
-        });
-        self.tell_watchdog(armed);
-    }
-
-    /// As the reference: readable by its owner, empty, left as it is if it is there.
-    fn create_state_file(&self) -> io::Result<()> {
-        OpenOptions::new().append(true).create(true).mode(0o600).open(&self.state_file).map(drop)
     }
 }
 

@@ -94,15 +94,21 @@ impl Freezing {
         inner.since.filter(|_| is_running).and_then(|since| since.checked_add(timeout))
     }
 
-    /// Ends a freeze in progress as soon as that is possible; false if there is none.
-    pub(crate) fn cancel(&self, why: &str) -> bool {
+    /// Ends a freeze in progress as soon as that is possible; its number, if there is one.
+    pub(crate) fn cancel(&self, why: &str) -> Option<u64> {
         let mut inner = self.inner.lock();
         if inner.phase != Phase::Freezing {
-            return false;
+            return None;
         }
         inner.cancel.get_or_insert_with(|| why.to_owned());
         let _ = rustix::io::write(&self.cancelled, &1_u64.to_ne_bytes());
-        true
+        Some(inner.report.number)
+    }
+
+    /// When the lease ends, if it runs.
+    pub(crate) fn lease_end(&self) -> Option<Instant> {
+        let inner = self.inner.lock();
+        inner.lease_end.filter(|_| inner.phase == Phase::Frozen)
     }
 
     /// The lease begins anew; false if there is nothing to renew.
@@ -113,6 +119,12 @@ impl Freezing {
         }
         inner.lease_end = inner.report.lease.and_then(|lease| Instant::now().checked_add(lease));
         inner.lease_end.is_some()
+    }
+
+    /// The lease has run out, and the main loop sees to it.
+    pub(crate) fn lapse(&self) {
+        self.inner.lock().lease_end = None;
+        self.lost(Cause::Lease);
     }
 
     /// Somebody else has thawed, for this reason; the worker will see to the rest.
@@ -174,6 +186,12 @@ impl Freezing {
 
     // ---- The engine's part ----
 
+    /// Goes on with the number of a former agent's freeze.
+    pub(super) fn begin_again(&self, number: u64, lease: Option<Duration>) {
+        self.inner.lock().report.number = number.saturating_sub(1);
+        self.begin(lease);
+    }
+
     /// A freeze begins; its number.
     pub(super) fn begin(&self, lease: Option<Duration>) -> u64 {
         let mut inner = self.inner.lock();
@@ -219,9 +237,6 @@ impl Freezing {
     pub(super) fn enter(&self, phase: Phase) {
         let mut inner = self.inner.lock();
         inner.phase = phase;
-        if phase == Phase::Thawed {
-            inner.lease_end = None;
-        }
     }
 
     /// Everything is thawed.

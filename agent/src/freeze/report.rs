@@ -134,8 +134,10 @@ impl Report {
     /// meanwhile is not consistent.
     pub(crate) fn is_void(&self) -> bool {
         let found_thawed = |filesystem: &Filesystem| filesystem.thaw == Some(Thaw::NotFrozen);
+        // Of a freeze that failed nobody believes anything.
+        let failed = self.thawed_by == Some(Cause::Failure);
         self.unwatched
-            || self.filesystems.iter().any(found_thawed)
+            || (!failed && self.filesystems.iter().any(found_thawed))
             || self.thawed_by.is_some_and(Cause::is_behind_the_hosts_back)
     }
 

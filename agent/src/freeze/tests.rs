@@ -9,6 +9,7 @@ use serde_json::json;
 use super::mounts::Device;
 use super::order::Backing;
 use super::*;
+use crate::watchdog::Inheritance;
 use crate::watchdog::testing::Orders;
 
 const MOUNTS: &str = "\
@@ -153,10 +154,10 @@ const LEASE: Duration = Duration::from_secs(60);
 fn freezer(
     machine: &Rc<Machine>,
     directory: &Path,
-    inheritance: Option<Inheritance>,
+    past: Option<Inheritance>,
 ) -> (Freezer<Rc<Machine>>, Orders) {
     let (watchdog, orders) = Watchdog::fake();
-    let watchdog = (Arc::new(watchdog), inheritance);
+    let watchdog = (Arc::new(watchdog), past.map_or(Past::Unknown, Past::Left));
     let freezer = Freezer::new(Rc::clone(machine), directory, Hooks::default(), Some(LEASE), watchdog);
     (freezer.unwrap(), orders)
 }
@@ -408,7 +409,7 @@ fn a_cancelled_freeze_stops_where_it_is_and_thaws() {
     let freezing = Arc::clone(lab.freezer.freezing());
     *lab.machine.on_freeze.borrow_mut() = Some(Box::new(move |path| {
         if path == Path::new("/x") {
-            assert!(freezing.cancel("Enough"));
+            assert!(freezing.cancel("Enough").is_some());
         }
     }));
     assert_eq!(lab.freeze().unwrap_err().to_string(), "Enough");
@@ -438,6 +439,7 @@ fn an_agent_that_returns_goes_on_with_what_its_watchdog_held() {
     let label =
         Label { mountpoint: "/x".into(), identity: (254, 16), device: (254, 16), fstype: "xfs".into() };
     let handover = |thawed| crate::watchdog::Handover {
+        number: 3,
         armed: true,
         lease: Some(LEASE),
         left: Some(LEASE / 2),
@@ -454,8 +456,12 @@ fn an_agent_that_returns_goes_on_with_what_its_watchdog_held() {
     assert_eq!(returned.thaw().unwrap(), 1);
     assert_eq!(lab.machine.frozen(), [""; 0]);
     let too_late = Some(inheritance(Some(Cause::AgentLost)));
-    let (returned, orders) = freezer(&lab.machine, lab.directory.path(), too_late);
+    let (mut returned, orders) = freezer(&lab.machine, lab.directory.path(), too_late);
+    assert!(returned.is_frozen(), "the rest is the worker's to do");
+    assert_eq!(returned.unfinished(), Some(Cause::AgentLost));
+    assert_eq!(returned.thaw_for(Cause::AgentLost).unwrap(), 0);
     assert!(!returned.is_frozen() && !lab.machine.state_file.exists());
+    assert_eq!(returned.freezing().number(), 3, "it is the same freeze");
     let report = returned.freezing().report();
     assert_eq!((&report["thawed-by"], &report["void"]), (&json!("agent-lost"), &json!(true)));
     assert_eq!(orders.take().last().unwrap(), "End");
@@ -475,7 +481,7 @@ fn a_cancel_that_comes_when_everything_is_frozen_is_in_time_or_finds_the_freeze_
     assert_eq!(lab.machine.frozen(), [""; 0]);
     *lab.machine.on_freeze.borrow_mut() = None;
     assert_eq!(lab.freeze().unwrap(), 3);
-    assert!(!lab.freezer.freezing().cancel("Too late"));
+    assert!(lab.freezer.freezing().cancel("Too late").is_none());
     assert!(lab.freezer.is_frozen());
 }
 

@@ -20,10 +20,10 @@ pub(super) const SIGNALS: &[libc::c_int] =
 /// How long processes may take to end after SIGTERM, and after SIGKILL.
 const ENDING: Duration = Duration::from_secs(5);
 const DYING: Duration = Duration::from_secs(2);
-/// How long the disks may take to be written and unmounted. A disk that hangs must not keep the
-/// machine from ending.
 /// Longest wait for filesystems to thaw.
 const THAWING: Duration = Duration::from_secs(5);
+/// How long the disks may take to be written and unmounted. A disk that hangs must not keep the
+/// machine from ending.
 const WRITING: Duration = Duration::from_secs(60);
 
 /// Linux `include/uapi/linux/loop.h`.

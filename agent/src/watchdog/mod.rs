@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   agent ──spawns──▶ watchdog (this binary, memory locked, touches no filesystem)
-//!     │  Begin · Hold + descriptor · Arm{lease} · Renew · Thaw · Thawed · End ─▶ │
+//!     │  Configure · Listen · Begin · Hook · Hold · Arm · Renew · Thaw · Thawed · End ─▶ │
 //!     │ ◀──────────────────────────────────────────────────────────── Thawed      │
 //!     ✗ killed                                                                    │ lease goes on
 //!   agent, started again ──connects to the socket in statedir───────────────────▶ │
@@ -58,6 +58,17 @@ pub(crate) struct Inheritance {
     pub(crate) held: Vec<(Label, OwnedFd)>,
 }
 
+/// How things were left.
+#[derive(Debug)]
+pub(crate) enum Past {
+    /// No watchdog tells.
+    Unknown,
+    /// One does.
+    Left(Inheritance),
+    /// Another agent works with this state directory, and what lies there is its own.
+    Elsewhere,
+}
+
 /// What the watchdog told.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum News {
@@ -84,6 +95,8 @@ struct Link {
     incarnation: u64,
     /// Children that may have to be reaped.
     children: Vec<Child>,
+    /// It has its socket, or is not to have one.
+    listening: bool,
 }
 
 impl Watchdog {
@@ -92,17 +105,19 @@ impl Watchdog {
     /// # Errors
     ///
     /// It cannot be started.
-    pub(crate) fn start(statedir: &Path, hooks: Hooks) -> io::Result<(Self, Option<Inheritance>)> {
+    pub(crate) fn start(statedir: &Path, hooks: Hooks) -> io::Result<(Self, Past)> {
         let statedir = std::path::absolute(statedir)?;
-        let (socket, children, inheritance) = match adopt(&statedir) {
-            Some((socket, inheritance)) => (socket, Vec::new(), Some(inheritance)),
-            None => {
+        let (socket, children, past) = match adopt(&statedir) {
+            Adoption::Found(socket, inheritance) => (socket, Vec::new(), Past::Left(inheritance)),
+            other => {
                 let (socket, child) = spawn(&statedir, &hooks)?;
-                (socket, vec![child], None)
+                let past = if matches!(other, Adoption::Taken) { Past::Elsewhere } else { Past::Unknown };
+                (socket, vec![child], past)
             }
         };
-        let link = Mutex::new(Link { socket: Arc::new(socket), incarnation: 1, children });
-        Ok((Self { statedir, hooks, link }, inheritance))
+        let listening = matches!(past, Past::Left(_) | Past::Elsewhere);
+        let link = Link { socket: Arc::new(socket), incarnation: 1, children, listening };
+        Ok((Self { statedir, hooks, link: Mutex::new(link) }, past))
     }
 
     /// Another one, in place of one that died.
@@ -112,7 +127,31 @@ impl Watchdog {
         link.socket = Arc::new(socket);
         link.incarnation += 1;
         link.children.push(child);
+        link.listening = false;
         Ok(())
+    }
+
+    /// Ends the one that was started last: it knows half of what it has to.
+    pub(crate) fn kill(&self) {
+        if let Some(child) = self.link.lock().children.last_mut() {
+            let _ = child.kill();
+        }
+    }
+
+    /// Makes the socket where an agent that returns will find the watchdog, if there is none yet. Only while nothing is
+    /// frozen: it may be on a filesystem that is.
+    pub(crate) fn listen(&self) {
+        if std::mem::replace(&mut self.link.lock().listening, true) {
+            return;
+        }
+        let listening = listen(&self.statedir)
+            .and_then(|listener| send_order(&*self.socket(), &Order::Listen, Some(listener.as_fd())));
+        if let Err(error) = listening {
+            log::warning(format_args!(
+                "An agent that is started again will not find the watchdog: {}: {error}",
+                self.statedir.join(SOCKET).display()
+            ));
+        }
     }
 
     /// Takes the status of those that ended.
@@ -169,9 +208,9 @@ impl Watchdog {
         self.send(&Order::Renew)
     }
 
-    /// Thaw all, until [`thawed`](Self::thawed).
-    pub(crate) fn thaw(&self, cause: Cause) -> io::Result<()> {
-        self.send(&Order::Thaw(cause))
+    /// Thaw all of the freeze of this number, until [`thawed`](Self::thawed).
+    pub(crate) fn thaw(&self, number: u64, cause: Cause) -> io::Result<()> {
+        self.send(&Order::Thaw { number, cause })
     }
 
     /// All is thawed; the hooks are still to be run.
@@ -202,31 +241,24 @@ fn spawn(statedir: &Path, hooks: &Hooks) -> io::Result<(OwnedFd, Child)> {
     // Not of the agent's group: whoever ends that group must not end this.
     command.process_group(0);
     let child = unblock_for(&mut command).spawn()?;
-    sockopt::set_socket_timeout(&ours, sockopt::Timeout::Send, Some(PATIENCE))?;
-    let listener = listen(statedir);
-    if let Err(error) = &listener {
-        log::warning(format_args!(
-            "An agent that is started again will not find the watchdog: {}: {error}",
-            statedir.join(SOCKET).display()
-        ));
-    }
     let configure =
         Order::Configure { statedir: statedir.to_string_lossy().into_owned(), hooks: hooks.clone() };
-    send_order(&ours, &configure, listener.as_ref().ok().map(AsFd::as_fd))?;
+    send_order(&ours, &configure, None)?;
     Ok((ours, child))
 }
 
+/// What is at the socket in the state directory.
+enum Adoption {
+    Found(OwnedFd, Inheritance),
+    /// The watchdog of an agent that lives.
+    Taken,
+    /// Nobody, or nobody who answers.
+    None,
+}
+
 /// The watchdog that a former agent left, and what it holds.
-fn adopt(statedir: &Path) -> Option<(OwnedFd, Inheritance)> {
-    // Not to wait where somebody else's socket is in its place, with a full queue.
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).ok()?;
-    at_socket(statedir, |address| Ok(connect(&socket, address)?)).ok()?;
-    if !same_user(&socket) {
-        return None;
-    }
-    rustix::io::ioctl_fionbio(&socket, false).ok()?;
-    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(PATIENCE)).ok()?;
+fn adopt(statedir: &Path) -> Adoption {
+    let Ok(socket) = reach(statedir) else { return Adoption::None };
     let deadline = Instant::now() + PATIENCE;
     let mut handover = None;
     let mut held = Vec::new();
@@ -238,17 +270,24 @@ fn adopt(statedir: &Path) -> Option<(OwnedFd, Inheritance)> {
             Ok(Packet::Message(Tale::Thawed { .. }, _)) => {}
             Ok(Packet::Nothing) if is_readable_by(&socket, deadline) => {}
             Ok(Packet::End) => {
-                // It has another agent, which lives.
                 log::warning(format_args!("Another agent uses the state directory {}", statedir.display()));
-                return None;
+                return Adoption::Taken;
             }
             Ok(Packet::Nothing) | Err(_) => {
                 log::error(format_args!("A former agent's watchdog does not answer"));
-                return None;
+                return Adoption::None;
             }
         }
     }
-    Some((socket, Inheritance { handover: handover?, held }))
+    handover.map_or(Adoption::None, |handover| Adoption::Found(socket, Inheritance { handover, held }))
+}
+
+fn reach(statedir: &Path) -> io::Result<OwnedFd> {
+    // Not to wait where somebody else's socket is in its place, with a full queue.
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    at_socket(statedir, |address| Ok(connect(&socket, address)?))?;
+    if same_user(&socket) { Ok(socket) } else { Err(io::ErrorKind::PermissionDenied.into()) }
 }
 
 fn is_readable_by(socket: &OwnedFd, deadline: Instant) -> bool {
@@ -312,7 +351,12 @@ pub(crate) mod testing {
     impl Watchdog {
         pub(crate) fn fake() -> (Self, Orders) {
             let (ours, theirs) = pair().unwrap();
-            let link = Mutex::new(Link { socket: Arc::new(ours), incarnation: 1, children: Vec::new() });
+            let link = Mutex::new(Link {
+                socket: Arc::new(ours),
+                incarnation: 1,
+                children: Vec::new(),
+                listening: true,
+            });
             (Self { statedir: PathBuf::new(), hooks: Hooks::default(), link }, Orders(theirs))
         }
     }

@@ -1,7 +1,7 @@
 //! The watchdog process itself: one loop, memory locked.
 //!
-//! It is started before anything is frozen and reads and writes no file while anything is: what it needs is
-//! in its memory, what it says goes through sockets. What may hang has a thread of its own: each FITHAW, because a
+//! It reads and writes no file while anything is frozen: what it needs is in its memory, what it says goes through
+//! sockets. What may hang has a thread of its own: each FITHAW, because a
 //! dead disk must not hold up the others, and the hooks, once all is thawed.
 
 use std::io;
@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
@@ -73,6 +73,8 @@ struct Process {
     // Volatile state.
     watch: Watch,
     held: Vec<Held>,
+    /// Of attempts to thaw.
+    round: Arc<AtomicU64>,
     /// The hook that the agent runs.
     hook_group: u32,
     /// The hooks that this runs in its place.
@@ -94,6 +96,7 @@ impl Process {
             hooks: Hooks::default(),
             watch: Watch::default(),
             held: Vec::new(),
+            round: Arc::default(),
             hook_group: 0,
             running_hooks: None,
             over: false,
@@ -112,7 +115,7 @@ impl Process {
                 // All of them: an agent that has died must be known to have, before the next one is looked at.
                 while self.take_order() {}
             }
-            if listener {
+            if listener && !self.over {
                 self.accept();
             }
             if came_back {
@@ -187,7 +190,11 @@ impl Process {
             Order::Begin { number, hooks } => Input::Begin { number, hooks },
             Order::Arm { lease, left } => Input::Arm { lease, left },
             Order::Renew => Input::Renew,
-            Order::Thaw(cause) => Input::Thaw(cause),
+            Order::Listen => {
+                self.listener = fd;
+                return true;
+            }
+            Order::Thaw { number, cause } => Input::Thaw { number, cause },
             Order::Thawed(cause) => Input::Thawed(cause),
             Order::End => Input::End,
         };
@@ -244,18 +251,24 @@ impl Process {
         }
     }
 
-    /// Starts a thread for everything that is not known to be thawed and has none yet.
+    /// Starts a thread for everything that has none. What was not frozen a moment ago may be by now: a FIFREEZE that was
+    /// under way is not noticed before it is through.
     fn thaw(&mut self) {
+        let round = self.round.fetch_add(1, Ordering::AcqRel) + 1;
         for held in &self.held {
+            let _ = held.thaw.compare_exchange(THAWED, IDLE, Ordering::AcqRel, Ordering::Acquire);
             let free = held.thaw.compare_exchange(IDLE, BUSY, Ordering::AcqRel, Ordering::Acquire);
             if free.is_err() {
                 continue;
             }
             let (fd, thaw, bell) =
                 (Arc::clone(&held.fd), Arc::clone(&held.thaw), Arc::clone(&self.came_back));
+            let rounds = Arc::clone(&self.round);
             let thread = thread::Builder::new().stack_size(STACK).spawn(move || {
                 let done = thaw_fully(&*fd, || thaw.load(Ordering::Acquire) == BUSY);
-                let outcome = if done { THAWED } else { IDLE };
+                // Of an earlier round it says nothing.
+                let counts = rounds.load(Ordering::Acquire) == round;
+                let outcome = if done && counts { THAWED } else { IDLE };
                 let _ = thaw.compare_exchange(BUSY, outcome, Ordering::AcqRel, Ordering::Acquire);
                 let _ = rustix::io::write(&*bell, &1_u64.to_ne_bytes());
             });

@@ -36,7 +36,10 @@ pub(super) enum Input {
         left: Option<Duration>,
     },
     Renew,
-    Thaw(Cause),
+    Thaw {
+        number: u64,
+        cause: Cause,
+    },
     Thawed(Cause),
     End,
     /// The agent's end of the socket is closed.
@@ -120,7 +123,14 @@ impl Watch {
                 }
                 vec![]
             }
-            Input::Thaw(cause) => self.thaw(cause, now),
+            Input::Thaw { number, cause } => match &mut self.freeze {
+                Some(freeze) if freeze.number == number => {
+                    // No news to who asked for it.
+                    freeze.told = true;
+                    self.thaw(cause, now)
+                }
+                _ => vec![],
+            },
             Input::Thawed(cause) => {
                 if let Some(freeze) = &mut self.freeze {
                     freeze.thawed.get_or_insert(cause);
@@ -187,18 +197,17 @@ impl Watch {
     fn all_thawed(&mut self, now: Instant) -> Vec<Action> {
         let Some(freeze) = &mut self.freeze else { return vec![] };
         let Some(cause) = freeze.thawed else { return vec![] };
-        if std::mem::replace(&mut freeze.finished, true) {
-            return vec![];
-        }
         if !self.orphaned {
             // Its first attempt may have failed where this one did not.
-            freeze.finished = false;
-            let news = std::mem::replace(&mut freeze.told, true);
-            return if news { vec![] } else { vec![Action::Tell { number: freeze.number, cause }] };
+            let told = std::mem::replace(&mut freeze.told, true);
+            return if told { vec![] } else { vec![Action::Tell { number: freeze.number, cause }] };
         }
         freeze.retry_at = None;
         self.return_by = None;
         self.exit_at = Some(now + NEWS);
+        if std::mem::replace(&mut freeze.finished, true) {
+            return vec![];
+        }
         let mut actions = vec![Action::Release, Action::Finish { hooks: std::mem::take(&mut freeze.hooks) }];
         if self.ending {
             actions.push(Action::Exit);
@@ -244,6 +253,7 @@ impl Watch {
     pub(super) fn handover(&self, now: Instant) -> Handover {
         let Some(freeze) = &self.freeze else { return Handover::default() };
         Handover {
+            number: freeze.number,
             armed: freeze.armed,
             lease: freeze.lease,
             left: freeze.deadline.map(|deadline| deadline.saturating_duration_since(now)),
@@ -385,7 +395,7 @@ mod tests {
     #[test]
     fn a_cancelled_freeze_is_thawed_again_and_again_until_the_agent_says_it_is_over() {
         let mut clock = Clock::frozen(Some(LEASE));
-        assert_eq!(clock.on(Input::Thaw(Cause::Failure)), [Action::Thaw]);
+        assert_eq!(clock.on(Input::Thaw { number: 1, cause: Cause::Failure }), [Action::Thaw]);
         assert_eq!(clock.pass(Duration::from_secs(1)), [Action::Thaw]);
         clock.on(Input::Thawed(Cause::Failure));
         assert_eq!(clock.pass(Duration::from_secs(1)), []);
@@ -396,7 +406,8 @@ mod tests {
     #[test]
     fn idle_it_leaves_with_the_agent_and_does_nothing_it_is_not_asked_for() {
         let mut clock = Clock::new();
-        for input in [Input::Thaw(Cause::Failure), Input::Thawed(Cause::Lease), Input::Renew, Input::Tick] {
+        let thaw = Input::Thaw { number: 1, cause: Cause::Failure };
+        for input in [thaw, Input::Thawed(Cause::Lease), Input::Renew, Input::Tick] {
             assert_eq!(clock.on(input), [], "{input:?}");
         }
         assert_eq!(clock.on(Input::AgentBack), [Action::Refuse]);
@@ -420,6 +431,26 @@ mod tests {
         clock.on(Input::Terminate);
         assert_eq!(clock.on(Input::AgentGone), [Action::Thaw]);
         assert!(clock.on(Input::AllThawed).contains(&Action::Exit));
+    }
+
+    #[test]
+    fn a_thaw_of_another_freeze_does_nothing_and_one_that_was_asked_for_is_no_news() {
+        let mut clock = Clock::frozen(Some(LEASE));
+        assert_eq!(clock.on(Input::Thaw { number: 2, cause: Cause::Failure }), []);
+        assert_eq!(clock.on(Input::Thaw { number: 1, cause: Cause::Failure }), [Action::Thaw]);
+        assert_eq!(clock.on(Input::AllThawed), []);
+    }
+
+    #[test]
+    fn an_agent_that_returns_to_the_news_and_dies_again_leaves_nothing_to_do() {
+        let mut clock = Clock::frozen(Some(LEASE));
+        clock.on(Input::AgentGone);
+        clock.pass(RETURN);
+        clock.on(Input::AllThawed);
+        clock.on(Input::AgentBack);
+        assert_eq!(clock.on(Input::AgentGone), [Action::Thaw]);
+        assert_eq!(clock.on(Input::AllThawed), []);
+        assert_eq!(clock.pass(NEWS), [Action::Exit]);
     }
 
     #[test]

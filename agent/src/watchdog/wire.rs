@@ -32,8 +32,10 @@ pub(crate) enum Order {
     Arm { lease: Option<Duration>, left: Option<Duration> },
     /// The lease begins anew.
     Renew,
-    /// Thaw all, now and until the end.
-    Thaw(Cause),
+    /// Where an agent that returns finds this: its socket comes along. After Configure, where that could not have it.
+    Listen,
+    /// Thaw all, now and until the end, if it is the freeze of this number.
+    Thaw { number: u64, cause: Cause },
     /// All is thawed, for this reason; the hooks are not through yet.
     Thawed(Cause),
     /// The freeze is over.
@@ -56,6 +58,8 @@ pub(crate) enum Tale {
 /// What a watchdog knows that its new agent does not.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Handover {
+    /// Of the freeze.
+    pub(crate) number: u64,
     /// Filesystems may be frozen, or were.
     pub(crate) armed: bool,
     pub(crate) lease: Option<Duration>,
@@ -88,7 +92,8 @@ impl Order {
                 json!({"arm": {"lease": lease.map(milliseconds), "left": left.map(milliseconds)}})
             }
             Self::Renew => json!({"renew": true}),
-            Self::Thaw(cause) => json!({"thaw": cause.name()}),
+            Self::Listen => json!({"listen": true}),
+            Self::Thaw { number, cause } => json!({"thaw": {"number": number, "cause": cause.name()}}),
             Self::Thawed(cause) => json!({"thawed": cause.name()}),
             Self::End => json!({"end": true}),
         }
@@ -106,7 +111,11 @@ impl Order {
             "hold" => Self::Hold(Label::from_json(value)?),
             "arm" => Self::Arm { lease: duration(&value["lease"]), left: duration(&value["left"]) },
             "renew" => Self::Renew,
-            "thaw" => Self::Thaw(Cause::by_name(value.as_str()?)?),
+            "listen" => Self::Listen,
+            "thaw" => Self::Thaw {
+                number: value["number"].as_u64()?,
+                cause: Cause::by_name(value["cause"].as_str()?)?,
+            },
             "thawed" => Self::Thawed(Cause::by_name(value.as_str()?)?),
             "end" => Self::End,
             _ => return None,
@@ -119,8 +128,9 @@ impl Tale {
         match self {
             Self::Thawed { number, cause } => json!({"thawed": {"number": number, "cause": cause.name()}}),
             Self::Handover(handover) => {
-                let Handover { armed, lease, left, hooks, thawed } = handover;
+                let Handover { number, armed, lease, left, hooks, thawed } = handover;
                 json!({"handover": {
+                    "number": number,
                     "armed": armed,
                     "lease": lease.map(milliseconds),
                     "left": left.map(milliseconds),
@@ -141,6 +151,7 @@ impl Tale {
                 cause: Cause::by_name(value["cause"].as_str()?)?,
             },
             "handover" => Self::Handover(Handover {
+                number: value["number"].as_u64()?,
                 armed: value["armed"].as_bool()?,
                 lease: duration(&value["lease"]),
                 left: duration(&value["left"]),
@@ -158,14 +169,14 @@ fn duration(value: &Value) -> Option<Duration> {
     value.as_u64().map(Duration::from_millis)
 }
 
-/// Sends an order.
+/// Sends an order. Never waits: who does not take its orders is of no use.
 pub(crate) fn send_order(socket: impl AsFd, order: &Order, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-    send(socket, &order.encode(), fd)
+    send(socket, &order.encode(), fd, SendFlags::DONTWAIT)
 }
 
 /// Sends a tale.
 pub(crate) fn send_tale(socket: impl AsFd, tale: &Tale, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-    send(socket, &tale.encode(), fd)
+    send(socket, &tale.encode(), fd, SendFlags::empty())
 }
 
 /// The next order, if there is one; one that this version does not know is passed over. Never waits.
@@ -178,7 +189,7 @@ pub(crate) fn receive_tale(socket: impl AsFd) -> io::Result<Packet<Tale>> {
     receive(socket, Tale::decode)
 }
 
-fn send(socket: impl AsFd, message: &Value, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+fn send(socket: impl AsFd, message: &Value, fd: Option<BorrowedFd<'_>>, flags: SendFlags) -> io::Result<()> {
     let text = message.to_string();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -187,7 +198,8 @@ fn send(socket: impl AsFd, message: &Value, fd: Option<BorrowedFd<'_>>) -> io::R
         return Err(io::ErrorKind::InvalidInput.into());
     }
     loop {
-        let sent = sendmsg(&socket, &[IoSlice::new(text.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL);
+        let sent =
+            sendmsg(&socket, &[IoSlice::new(text.as_bytes())], &mut ancillary, flags | SendFlags::NOSIGNAL);
         match sent {
             Ok(_) => return Ok(()),
             Err(rustix::io::Errno::INTR) => {}
@@ -255,7 +267,8 @@ mod tests {
                 Order::Arm { lease: Some(Duration::from_millis(1500)), left: Some(Duration::from_millis(7)) },
                 Order::Arm { lease: None, left: None },
                 Order::Renew,
-                Order::Thaw(Cause::Failure),
+                Order::Listen,
+                Order::Thaw { number: 3, cause: Cause::Failure },
                 Order::Thawed(Cause::Command),
                 Order::End,
             ]
@@ -275,6 +288,7 @@ mod tests {
     fn tales_and_descriptors_arrive() {
         let (agent, watchdog) = pair();
         let handover = Handover {
+            number: 3,
             armed: true,
             lease: Some(Duration::from_secs(2)),
             left: Some(Duration::from_millis(7)),
@@ -298,7 +312,7 @@ mod tests {
         let (agent, watchdog) = pair();
         assert!(matches!(receive_order(&watchdog).unwrap(), Packet::Nothing));
         for message in [json!({"later": 1}), json!([]), json!({"begin": true}), json!({"thaw": "?"})] {
-            send(&agent, &message, None).unwrap();
+            send(&agent, &message, None, SendFlags::empty()).unwrap();
         }
         send_order(&agent, &Order::End, None).unwrap();
 
