@@ -99,7 +99,7 @@ fn the_agent_serves_under_qemu_as_well() {
     it_freezes_and_thaws(&mut agent);
     drop(agent);
     it_thaws_when_its_port_is_pulled_out_and_serves_the_next(&mut qemu);
-    two_requests_in_one_write_have_adjacent_answers(&mut qemu);
+    every_one_of_many_hasty_clients_gets_its_two_adjacent_answers(&mut qemu);
     another_agent_in_the_background_serves_a_serial_line(&mut qemu);
 
     let mut agent = qemu.agent();
@@ -173,19 +173,19 @@ fn it_thaws_when_its_port_is_pulled_out_and_serves_the_next(qemu: &mut Qemu<'_>)
     assert_eq!(shell(&mut agent, "echo written >/data/unplugged && sync").unwrap().0, 0);
 }
 
-/// As Proxmox VE asks.
-fn two_requests_in_one_write_have_adjacent_answers(qemu: &mut Qemu<'_>) {
-    let mut client = connect(&qemu.socket("agent.sock"));
-    client
-        .write_all(
-            b"{\"execute\":\"guest-sync-delimited\",\"arguments\":{\"id\":4711}}\n\
-              {\"execute\":\"guest-ping\",\"arguments\":{}}\n",
-        )
-        .unwrap();
-    let expected = b"\xff{\"return\": 4711}\n{\"return\": {}}\n";
-    let mut answer = vec![0; expected.len()];
-    client.read_exact(&mut answer).unwrap();
-    assert_eq!(answer, expected, "{}", String::from_utf8_lossy(&answer));
+/// As Proxmox VE asks: a connection for each command, one right behind the other, two requests in one write.
+fn every_one_of_many_hasty_clients_gets_its_two_adjacent_answers(qemu: &mut Qemu<'_>) {
+    let socket = qemu.socket("agent.sock");
+    for id in 4711..4731 {
+        let mut client = connect(&socket);
+        let sync = json!({"execute": "guest-sync-delimited", "arguments": {"id": id}});
+        let ping = json!({"execute": "guest-ping", "arguments": {}});
+        client.write_all(format!("{sync}\n{ping}\n").as_bytes()).unwrap();
+        let expected = [b"\xff", format!("{{\"return\": {id}}}\n{{\"return\": {{}}}}\n").as_bytes()].concat();
+        let mut answer = vec![0; expected.len()];
+        client.read_exact(&mut answer).unwrap_or_else(|error| panic!("client {id}: {error}"));
+        assert_eq!(answer, expected, "client {id}: {}", String::from_utf8_lossy(&answer));
+    }
 }
 
 fn another_agent_in_the_background_serves_a_serial_line(qemu: &mut Qemu<'_>) {

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use protocol::{Decoder, Item, Limits};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,6 +15,8 @@ use crate::poller::Ready;
 const OUTPUT_HIGH: usize = 256 << 10;
 /// Bytes read at a time.
 const CHUNK: usize = 32 << 10;
+/// How long after its first bytes a peer may be unknown to the driver of the port.
+const OPENING: Duration = Duration::from_millis(50);
 /// An emptied output buffer larger than this is given back.
 const KEEP_CAPACITY: usize = 64 << 10;
 
@@ -57,6 +60,9 @@ pub(super) struct Connection {
     ended: bool,
     /// The peer left and another one came.
     left: bool,
+    /// The peer of a port has left, and its input was read to the end: what comes is the next one's. The driver learns
+    /// of bytes and of openings on two queues, and may say for a while that nobody is there who sent them.
+    vacant: bool,
     decoder: Decoder,
     output: Vec<u8>,
     sent: usize,
@@ -73,6 +79,7 @@ impl Connection {
             deaf: false,
             ended: false,
             left: false,
+            vacant: false,
             decoder: Decoder::new(Limits::AGENT),
             output: Vec::new(),
             sent: 0,
@@ -84,6 +91,10 @@ impl Connection {
     pub(super) fn on_ready(&mut self, ready: Ready) {
         self.readable |= ready.readable || ready.hung_up;
         self.writable |= ready.writable;
+        if self.vacant {
+            self.vacant = ready.hung_up;
+            return;
+        }
         let has_left = ready.hung_up || self.deaf;
         if has_left && self.kind == Kind::Port && !self.is_hung_up() {
             self.reset();
@@ -171,15 +182,33 @@ impl Connection {
 
     /// Ready for another peer on the same descriptor.
     pub(super) fn reset(&mut self) {
-        let Self { file: _, kind: _, left: _, readable, writable, deaf, ended, decoder, output: _, sent: _ } =
-            self;
+        let Self {
+            file: _,
+            kind: _,
+            left: _,
+            readable,
+            writable,
+            deaf,
+            ended,
+            vacant,
+            decoder,
+            output: _,
+            sent: _,
+        } = self;
         *readable = false;
         // A full queue of the device is emptied when the host end closes.
         *writable = true;
         *deaf = false;
         *ended = false;
+        *vacant = false;
         decoder.reset();
         self.drop_output();
+    }
+
+    /// The same, after the former peer was listened to the end.
+    pub(super) fn vacate(&mut self) {
+        self.reset();
+        self.vacant = self.kind == Kind::Port;
     }
 
     fn read(&mut self) -> io::Result<()> {
@@ -193,6 +222,7 @@ impl Connection {
                 Ok(())
             }
             Ok(count) => {
+                self.attribute_input();
                 self.decoder.feed(&chunk[..count]);
                 Ok(())
             }
@@ -213,6 +243,33 @@ impl Connection {
         self.output.clear();
         self.output.shrink_to(KEEP_CAPACITY);
         self.sent = 0;
+    }
+
+    /// Before input of a port whose peer has left is looked at: whose is it?
+    fn attribute_input(&mut self) {
+        if std::mem::take(&mut self.vacant) {
+            self.deaf = !self.opens_soon();
+        } else if self.deaf && self.kind == Kind::Port && !self.is_hung_up() {
+            // The next peer came while the former one's last words were read. If these are not its own, it gets an answer
+            // too much, which every client can tell from its own; otherwise it would wait for ever.
+            self.deaf = false;
+            self.decoder.reset();
+        }
+    }
+
+    /// Whether somebody is, or soon will be, known to be at the other end. Nobody if the peer has left already: then
+    /// nobody must get the answer to what it sent.
+    fn opens_soon(&self) -> bool {
+        let pause = Duration::from_millis(1);
+        let mut waited = Duration::ZERO;
+        while self.is_hung_up() {
+            if waited >= OPENING {
+                return false;
+            }
+            std::thread::sleep(pause);
+            waited += pause;
+        }
+        true
     }
 
     /// Whether the other end is closed right now.

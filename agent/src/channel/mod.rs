@@ -153,7 +153,7 @@ impl Channel {
             (Next::Item(item), _) => Received::Item(item),
             (Next::Blocked, _) => Received::Nothing,
             (Next::HungUp, Source::Port(_)) => {
-                connection.reset();
+                connection.vacate();
                 Received::Left
             }
             (Next::Broken(error), Source::Port(port)) => {
