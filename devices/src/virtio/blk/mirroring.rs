@@ -48,6 +48,13 @@ pub enum MirrorOrder {
     Detach,
 }
 
+impl MirrorOrder {
+    /// Whether it is carried out when the mirror has ended, and answered then.
+    pub(super) fn is_end(self) -> bool {
+        matches!(self, Self::Switch | Self::Detach)
+    }
+}
+
 /// How a mirror ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
@@ -81,6 +88,11 @@ impl Mirroring {
     /// Whether requests have to wait.
     pub(super) fn is_holding(&self) -> bool {
         self.holding
+    }
+
+    /// Whether it ends as soon as nothing is in flight.
+    pub(super) fn is_ending(&self) -> bool {
+        self.ending.is_some()
     }
 
     /// Attaches a target, while nothing is in flight.

@@ -118,6 +118,7 @@ impl Worker {
             events,
             drive,
             mirroring: Mirroring::default(),
+            ends: Vec::new(),
             next: None,
             paused: false,
             waiters: Vec::new(),
@@ -143,6 +144,8 @@ pub(super) struct Running {
     drive: Drive,
     // Volatile.
     mirroring: Mirroring,
+    /// Who waits for the end of the mirror.
+    ends: Vec<Reply<()>>,
     /// When the mirror has to be looked after.
     next: Option<Instant>,
     paused: bool,
@@ -311,7 +314,11 @@ impl Running {
             Command::Mirror { order, reply } => {
                 let done = self.mirroring.order(&mut self.drive, order);
                 self.ring_all();
-                mirroring::answer(done, &self.link.facts.id, &reply);
+                if done.is_ok() && order.is_end() {
+                    self.ends.push(reply);
+                } else {
+                    mirroring::answer(done, &self.link.facts.id, &reply);
+                }
             }
             // `obey` has dealt with it.
             Command::Stop => {}
@@ -388,7 +395,13 @@ impl Running {
         if let Some(report) = report {
             self.next = None;
             *self.link.mirror.lock() = None;
+            for reply in self.ends.drain(..) {
+                mirroring::answer(Ok(()), &disk, &reply);
+            }
             self.events.send(DiskEvent::Mirror { disk, report });
+        } else if !self.mirroring.is_ending() {
+            // One that failed to end: the tickets learn of it.
+            self.ends.clear();
         }
         if was_holding && !self.mirroring.is_holding() {
             self.ring_all();
