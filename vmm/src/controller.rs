@@ -20,11 +20,14 @@ use devices::virtio::console::PortSpec;
 use kvm_ioctls::Kvm;
 
 use crate::boot::BootFiles;
-use crate::config::{GuestAction, VmSpec};
+use crate::config::{DiskSpec, GuestAction, VmSpec};
+use crate::jobs::Jobs;
+use crate::jobs::nodes::{NodeSource, NodeSpec, Nodes};
+use crate::jobs::registry::JobDone;
 use crate::machine::builder::{self, MachineError, Parts};
 use crate::machine::notify::Notifier;
 use crate::machine::{Kept, Machine};
-use crate::monitor::{Event, IoErrorAction, PanicAction, ShutdownCause};
+use crate::monitor::{BlockLayer, Event, IoErrorAction, PanicAction, ShutdownCause};
 use crate::run_state::{Denied, Effect, Input, RunState};
 use crate::vcpu::{VcpuError, VcpuEvent};
 
@@ -88,10 +91,28 @@ impl Fixed {
         let events = &events.for_machine(number);
         builder::build(&Parts { spec, kvm, boot, disks, ports, events }, kept)
     }
+
+    /// What the disks work on at the start.
+    fn nodes(&self) -> Nodes {
+        let node = |(disk, backend): (&DiskSpec, &BlkBackend)| {
+            let facts = backend.facts();
+            let spec = NodeSpec {
+                read_only: facts.read_only,
+                direct: facts.direct,
+                cache: facts.cache,
+                discard: facts.discard,
+                ..NodeSpec::new(NodeSource::Path(disk.path.clone()))
+            };
+            (None, spec)
+        };
+        Nodes::new(self.spec.disks.iter().zip(&self.disks).map(node))
+    }
 }
 
 /// The owner of a VM.
 pub struct Controller {
+    /// Before the disks that they work on.
+    jobs: Jobs,
     fixed: Fixed,
     /// `None` only when a reset failed to build a new one.
     machine: Option<Machine>,
@@ -117,7 +138,9 @@ impl Controller {
     pub fn new(fixed: Fixed) -> Result<Self, MachineError> {
         let machine = fixed.build(0, None)?;
         let failed_disks = vec![None; fixed.disks.len()];
+        let jobs = Jobs::new(fixed.nodes(), fixed.disks.len(), fixed.events.for_jobs());
         Ok(Self {
+            jobs,
             fixed,
             machine: Some(machine),
             state: RunState::Prelaunch,
@@ -167,7 +190,9 @@ impl Controller {
 
     /// What happened since the last call, in order.
     pub fn take_events(&mut self) -> Vec<Event> {
-        mem::take(&mut self.events)
+        let mut events = mem::take(&mut self.events);
+        events.append(&mut self.jobs.take_events());
+        events
     }
 
     /// Lets the guest run.
@@ -279,13 +304,18 @@ impl Controller {
                 (disk, operation, action, nospace, errno, sector)
             }
             DiskEvent::Mirror { disk, report } => {
-                tracing::debug!(%disk, ?report, "Mirror");
+                if let Some(index) = self.disk_index(disk) {
+                    self.jobs.hear(&self.fixed.disks, index, report.clone().into());
+                    self.events.append(&mut self.jobs.take_events());
+                }
                 return Ok(());
             }
         };
+        let index = self.disk_index(disk);
+        let root = index.and_then(|index| self.jobs.nodes.root(index));
         self.events.push(Event::BlockIoError {
             device: disk.to_string(),
-            node_name: disk.to_string(),
+            node_name: root.map(|root| root.name).unwrap_or_default(),
             write: *operation != DiskOperation::Read,
             action: match action {
                 ErrorAction::Report => IoErrorAction::Report,
@@ -298,9 +328,7 @@ impl Controller {
         if *action != ErrorAction::Stop {
             return Ok(());
         }
-        let Some(index) = self.fixed.disks.iter().position(|backend| backend.facts().id == *disk) else {
-            return Ok(());
-        };
+        let Some(index) = index else { return Ok(()) };
         if !self.fixed.disks[index].is_stopped() {
             tracing::debug!(%disk, "A disk had stopped, and goes on already");
             return Ok(());
@@ -316,6 +344,26 @@ impl Controller {
                 done
             }
         }
+    }
+
+    fn disk_index(&self, id: &str) -> Option<usize> {
+        self.fixed.disks.iter().position(|backend| *backend.facts().id == *id)
+    }
+
+    /// Block nodes and jobs, and the disks they work on.
+    pub fn block(&mut self) -> BlockLayer<'_> {
+        BlockLayer { jobs: &mut self.jobs, disks: &self.fixed.disks }
+    }
+
+    /// A job without a disk has come to its end.
+    pub fn job_done(&mut self, done: JobDone) {
+        self.jobs.done(&self.fixed.disks, done);
+        self.events.append(&mut self.jobs.take_events());
+    }
+
+    /// Does what jobs have left for after a reply.
+    pub fn settle_jobs(&mut self) {
+        self.jobs.settle(&self.fixed.disks);
     }
 
     /// Changes the size of disk `index`, in bytes.
@@ -371,11 +419,14 @@ impl Controller {
             return Ok(());
         }
         let (state, _) = self.state.on(input)?;
+        // First SHUTDOWN, then the end of each job, as in QEMU.
+        self.events.append(&mut self.jobs.take_events());
+        self.events.extend_from_slice(first);
+        self.events.push(Event::Shutdown(ended.cause));
+        self.jobs.end_all(&self.fixed.disks);
         self.tear_down();
         self.state = state;
         self.ended = Some(ended);
-        self.events.extend_from_slice(first);
-        self.events.push(Event::Shutdown(ended.cause));
         Ok(())
     }
 
@@ -421,6 +472,7 @@ impl Controller {
             (true, false) => self.events.push(Event::Stop),
             (false, true) => {
                 self.failed_disks.fill(None);
+                self.jobs.forget_errors();
                 self.events.push(Event::Resume);
             }
             _ => {}

@@ -132,6 +132,10 @@ impl ControlLoop {
                     self.core.controller.vcpu_event(machine, index, event)
                 }
                 VmEvent::Disk(event) => self.core.controller.disk_event(&event),
+                VmEvent::Job(done) => {
+                    self.core.controller.job_done(done);
+                    Ok(())
+                }
             };
             log_failure(done);
         }
@@ -202,6 +206,7 @@ impl ControlLoop {
         // bytes for the port again.
         loop {
             self.ports.settle(&mut self.core, watch);
+            self.core.controller.settle_jobs();
             let relayed = self.core.guest.take_relayed();
             let events = self.core.take_all_events();
             if relayed.is_empty() && events.is_empty() {

@@ -6,11 +6,15 @@
 //!   cancel, when ready   Quiesce ─▶ Quiesced: waiting, pending ─▶ [finalize] ─▶ Detach ─▶ Detached: COMPLETED
 //!   cancel, else         aborting ─▶ Detach ─▶ Detached: CANCELLED
 //!   Failed               aborting ─▶ Detach ─▶ Detached: COMPLETED with an error
+//!   Done                 waiting, pending, concluded: a job without a disk
 //!   then                 concluded ─▶ [dismiss] ─▶ null
 //! ```
 //!
 //! Between Quiesced and Switched (or Detached) the guest's I/O is held: both images are the same then, and the
-//! target's is on its disk.
+//! target's is on its disk. Once Switch (or Detach, to keep the copy) is ordered there, the outcome is decided, and nobody
+//! can take it back.
+
+use block::CopyMode;
 
 use super::state::{JobStatus, Verb, VerbRefused};
 
@@ -21,15 +25,23 @@ pub enum JobKind {
     Mirror,
     /// `drive-backup`, `blockdev-backup`.
     Backup,
+    /// `blockdev-create`. It works on no disk, and so has none of the BLOCK_JOB_ events.
+    Create,
 }
 
 impl JobKind {
     /// QEMU's spelling.
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Mirror => "mirror",
             Self::Backup => "backup",
+            Self::Create => "create",
         }
+    }
+
+    /// Whether `block-job-` commands and events are about it (QEMU's `BlockJob`).
+    pub fn is_block_job(self) -> bool {
+        self != Self::Create
     }
 }
 
@@ -76,6 +88,8 @@ pub enum Request {
     Resume,
     /// So many bytes per second; 0 is no limit.
     SetSpeed(u64),
+    /// Mirrors: when a guest's write is done.
+    SetMode(CopyMode),
     /// End. Without `force`, a job that is ready finishes its copy.
     Cancel {
         /// At once, whatever becomes of the copy.
@@ -95,6 +109,7 @@ impl Request {
             Self::Pause => Verb::Pause,
             Self::Resume => Verb::Resume,
             Self::SetSpeed(_) => Verb::SetSpeed,
+            Self::SetMode(_) => Verb::Change,
             Self::Cancel { .. } => Verb::Cancel,
             Self::Complete => Verb::Complete,
             Self::Finalize => Verb::Finalize,
@@ -125,6 +140,8 @@ pub enum Report {
     Switched,
     /// The source is the disk, and the job has left it; guest I/O goes on.
     Detached,
+    /// All there was to do is done, and it was nothing that a client has to decide on.
+    Done,
 }
 
 /// What the disk is to do.
@@ -136,6 +153,8 @@ pub enum Order {
     Resume,
     /// So many bytes per second.
     SetSpeed(u64),
+    /// Mirror in this way from now on.
+    SetMode(CopyMode),
     /// Hold guest I/O, copy what is left, sync the target; then [`Report::Quiesced`] or [`Report::Failed`].
     Quiesce,
     /// Then [`Report::Switched`].
@@ -217,6 +236,8 @@ pub struct Job {
     io_status: IoStatus,
     user_paused: bool,
     goal: Option<Goal>,
+    /// The disk has been told how to end it.
+    decided: bool,
     cancelled: bool,
     error: Option<String>,
 }
@@ -250,6 +271,7 @@ impl Job {
             io_status: IoStatus::Ok,
             user_paused: false,
             goal: None,
+            decided: false,
             cancelled: false,
             error: None,
         };
@@ -293,9 +315,29 @@ impl Job {
         self.error.as_deref()
     }
 
+    /// Whether its end makes the target the disk.
+    pub fn pivots(&self) -> bool {
+        self.goal == Some(Goal::Pivot) && !self.cancelled
+    }
+
     /// Whether it works, or would if it had something to do.
     pub fn is_busy(&self) -> bool {
         matches!(self.status, JobStatus::Running | JobStatus::Ready)
+    }
+
+    /// Refuses a verb that the job's state does not admit.
+    ///
+    /// # Errors
+    ///
+    /// [`VerbRefused`].
+    pub fn check(&self, verb: Verb) -> Result<(), VerbRefused> {
+        let decided = self.decided && self.status == JobStatus::Pending;
+        if decided { Err(self.status.refuse(&self.id, verb)) } else { self.status.check(&self.id, verb) }
+    }
+
+    /// The VM goes on: an error that has stopped the job is no news any more. It stays paused.
+    pub fn forget_error(&mut self) {
+        self.io_status = IoStatus::Ok;
     }
 
     /// A client asks.
@@ -304,7 +346,7 @@ impl Job {
     ///
     /// [`JobRefused`]; nothing has changed then.
     pub fn ask(&mut self, request: Request) -> Result<Vec<Step>, JobRefused> {
-        self.status.check(&self.id, request.verb())?;
+        self.check(request.verb())?;
         let mut steps = Vec::new();
         match request {
             Request::Pause if self.user_paused => return Err(JobRefused::AlreadyPaused),
@@ -313,9 +355,7 @@ impl Job {
                 steps.push(Step::Order(Order::Pause));
                 self.stand_still(&mut steps);
             }
-            Request::Resume if !self.user_paused && self.io_status == IoStatus::Ok => {
-                return Err(JobRefused::NotPaused);
-            }
+            Request::Resume if !self.user_paused => return Err(JobRefused::NotPaused),
             Request::Resume => {
                 self.user_paused = false;
                 self.io_status = IoStatus::Ok;
@@ -326,6 +366,7 @@ impl Job {
                 self.speed = speed;
                 steps.push(Step::Order(Order::SetSpeed(speed)));
             }
+            Request::SetMode(mode) => steps.push(Step::Order(Order::SetMode(mode))),
             Request::Complete if self.goal.is_some() => {
                 return Err(JobRefused::Completing(self.id.clone()));
             }
@@ -353,6 +394,8 @@ impl Job {
         let mut steps = Vec::new();
         match report {
             _ if self.status.is_over() => {}
+            // It was too late to stop it.
+            Report::Done if self.status == JobStatus::Aborting => self.conclude(&mut steps),
             Report::Ready => {
                 let next = if self.status.is_paused() { JobStatus::Standby } else { JobStatus::Ready };
                 match (self.status, next) {
@@ -373,6 +416,7 @@ impl Job {
                 steps.push(Step::Note(Note::Error { is_read, action }));
                 if action == Action::Stop {
                     self.io_status = if nospace { IoStatus::NoSpace } else { IoStatus::Failed };
+                    self.user_paused = true;
                     self.stand_still(&mut steps);
                 }
             }
@@ -392,6 +436,14 @@ impl Job {
             // Overtaken by a cancel.
             Report::Quiesced => {}
             Report::Switched | Report::Detached => self.conclude(&mut steps),
+            Report::Done => {
+                if self.status == JobStatus::Paused {
+                    self.enter(JobStatus::Running, &mut steps);
+                }
+                self.enter(JobStatus::Waiting, &mut steps);
+                self.enter(JobStatus::Pending, &mut steps);
+                self.conclude(&mut steps);
+            }
         }
         steps
     }
@@ -430,6 +482,7 @@ impl Job {
     }
 
     fn finalize(&mut self, steps: &mut Vec<Step>) {
+        self.decided = true;
         let order = match self.goal {
             Some(Goal::Pivot) => Order::Switch,
             Some(Goal::Copy) | None => Order::Detach,

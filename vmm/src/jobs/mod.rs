@@ -1,15 +1,36 @@
-//! Block jobs, as clients of QEMU know them.
+//! Block nodes and block jobs, as clients of QEMU know them.
 //!
 //! ```text
-//!   monitor ── Request ──▶ ┌───────────┐ ── Step::Order ──▶ the disk's thread
-//!                          │ lifecycle │                        │
-//!   monitor ◀─ Step::Note ─│   (pure)  │ ◀────── Report ────────┘
-//!                          └───────────┘
+//!   monitor ── verbs ──▶ ┌──────────────── Jobs (control loop) ──────────────────┐
+//!                        │ nodes: images by name      entries: one for each job  │
+//!   monitor ◀─ events ── │              ┌───────────┐                            │
+//!                        │ Request ────▶│ lifecycle │── Order ──▶ dyn Disks ─────┼──▶ the disk's thread
+//!                        │ Report  ────▶│  (pure)   │── Note ───▶ events         │          │
+//!                        │   ▲          └───────────┘                            │          │
+//!                        └───┼───────────────────────────────────────────────────┘          │
+//!                            └────────────────── VmEvent ◀──────────────────────────────────┘
 //! ```
 //!
 //! [`state`] says what may follow what, [`lifecycle`] what has to be done for it and which events tell of it, in
-//! QEMU's order; [`pivot`] lets several of them change the guest's disks together.
+//! QEMU's order; [`registry`] does it, with [`mirror`] and [`create`] for what is special to a kind of job. [`nodes`]
+//! are the images that clients name, [`disks`] is all that jobs know of the rest of the VM. [`pivot`] lets several of
+//! them change the guest's disks together.
+//!
+//! Only the control loop changes any of it, so a query tells what is. What a disk's thread does is ordered, and true when
+//! it has reported it; a switch and the end of the VM are waited for, for a bounded time.
 
+mod backend;
+pub mod create;
+pub mod disks;
 pub mod lifecycle;
+pub mod mirror;
+pub mod nodes;
 pub mod pivot;
+pub mod registry;
 pub mod state;
+
+pub use self::disks::Disks;
+pub use self::registry::Jobs;
+
+#[cfg(test)]
+pub mod testing;

@@ -89,7 +89,7 @@ impl JobStatus {
     ];
 
     /// QEMU's spelling.
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Created => "created",
             Self::Running => "running",
@@ -144,7 +144,12 @@ impl JobStatus {
     ///
     /// [`VerbRefused`].
     pub fn check(self, id: &str, verb: Verb) -> Result<(), VerbRefused> {
-        if self.admits(verb) { Ok(()) } else { Err(VerbRefused { id: id.to_owned(), status: self, verb }) }
+        if self.admits(verb) { Ok(()) } else { Err(self.refuse(id, verb)) }
+    }
+
+    /// The refusal itself.
+    pub(super) fn refuse(self, id: &str, verb: Verb) -> VerbRefused {
+        VerbRefused { id: id.to_owned(), status: self, verb }
     }
 
     /// Whether the job stands still.

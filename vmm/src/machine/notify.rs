@@ -6,6 +6,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use devices::virtio::blk::DiskEvent;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::jobs::registry::{JobDone, Post};
 use crate::vcpu::VcpuEvent;
 
 /// What other threads have to say.
@@ -20,8 +21,10 @@ pub enum VmEvent {
         /// What happened.
         event: VcpuEvent,
     },
-    /// A disk has met an I/O error.
+    /// A disk has met an I/O error, or reports of its mirror.
     Disk(DiskEvent),
+    /// A job without a disk has come to its end.
+    Job(JobDone),
 }
 
 /// The sending side; one clone per thread.
@@ -36,6 +39,15 @@ impl Notifier {
     /// The same, for the threads of machine number `machine`.
     pub fn for_machine(&self, machine: u64) -> Self {
         Self { machine, ..self.clone() }
+    }
+
+    /// The way of each job's thread to the control loop.
+    pub fn for_jobs(&self) -> Post {
+        let notifier = self.clone();
+        Box::new(move || {
+            let notifier = notifier.clone();
+            Box::new(move |done| notifier.post(VmEvent::Job(done)))
+        })
     }
 
     /// A vCPU has something to say.

@@ -10,7 +10,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use protocol::Map;
 use serde_json::{Value, json};
 
-use super::schema::{EMPTY, Object, Type, optional, required};
+use crate::jobs::lifecycle::{Action, JobKind};
+use crate::jobs::state::JobStatus;
+
+use super::schema::{EMPTY, Member, Object, Type, optional, required};
 
 /// Something that happened to the VM (QEMU's names and data).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,6 +58,62 @@ pub enum Event {
         /// The error in words.
         reason: String,
     },
+    /// A job has changed its state.
+    JobStatusChange {
+        /// The job.
+        id: String,
+        /// What it is now.
+        status: JobStatus,
+    },
+    /// A job has reached its goal and keeps it up.
+    BlockJobReady(BlockJobFacts),
+    /// A job has ended, well if there is no error.
+    BlockJobCompleted {
+        /// The job.
+        facts: BlockJobFacts,
+        /// Why it failed.
+        error: Option<String>,
+    },
+    /// A job was ended early.
+    BlockJobCancelled(BlockJobFacts),
+    /// A job has met an error.
+    BlockJobError {
+        /// The job.
+        device: String,
+        /// A read, or a write.
+        is_read: bool,
+        /// What was done about it.
+        action: Action,
+    },
+    /// A job waits for `job-finalize`.
+    BlockJobPending {
+        /// Its kind.
+        kind: &'static str,
+        /// The job.
+        id: String,
+    },
+}
+
+/// What events tell of a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockJobFacts {
+    /// Its kind (QEMU's `JobType`).
+    pub kind: &'static str,
+    /// The job.
+    pub device: String,
+    /// Bytes in all, as far as is known.
+    pub len: u64,
+    /// Bytes done.
+    pub offset: u64,
+    /// Bytes per second; 0 is no limit.
+    pub speed: u64,
+}
+
+impl BlockJobFacts {
+    fn data(&self) -> Value {
+        let Self { kind, device, len, offset, speed } = self;
+        json!({"type": kind, "device": device, "len": len, "offset": offset, "speed": speed})
+    }
 }
 
 /// Who wanted a reset or a shutdown (QEMU `ShutdownCause`, the part that occurs here).
@@ -143,7 +202,43 @@ pub static EVENTS: &[(&str, &Object)] = &[
     ("VSERPORT_CHANGE", &VSERPORT_CHANGE),
     ("GUEST_PANICKED", &GUEST_PANICKED),
     ("BLOCK_IO_ERROR", &BLOCK_IO_ERROR),
+    ("JOB_STATUS_CHANGE", &JOB_STATUS_CHANGE),
+    ("BLOCK_JOB_READY", &BLOCK_JOB),
+    ("BLOCK_JOB_COMPLETED", &BLOCK_JOB_COMPLETED),
+    ("BLOCK_JOB_CANCELLED", &BLOCK_JOB),
+    ("BLOCK_JOB_ERROR", &BLOCK_JOB_ERROR),
+    ("BLOCK_JOB_PENDING", &BLOCK_JOB_PENDING),
 ];
+/// The states of a job (QEMU's `JobStatus`).
+pub(super) const JOB_STATUSES: &[&str] = &{
+    let mut names = [""; JobStatus::ALL.len()];
+    let mut index = 0;
+    while index < names.len() {
+        names[index] = JobStatus::ALL[index].name();
+        index += 1;
+    }
+    names
+};
+/// The kinds of a job (QEMU's `JobType`).
+pub(super) const JOB_TYPES: &[&str] =
+    &[JobKind::Mirror.name(), JobKind::Backup.name(), JobKind::Create.name()];
+static JOB_STATUS_CHANGE: Object =
+    Object::new(&[required("id", Type::Str), required("status", Type::Enum(JOB_STATUSES))]);
+static BLOCK_JOB: Object = Object::new(&[JOB_TYPE, JOB_DEVICE, JOB_LEN, JOB_OFFSET, JOB_SPEED]);
+static BLOCK_JOB_COMPLETED: Object =
+    Object::new(&[JOB_TYPE, JOB_DEVICE, JOB_LEN, JOB_OFFSET, JOB_SPEED, optional("error", Type::Str)]);
+const JOB_TYPE: Member = required("type", Type::Enum(JOB_TYPES));
+const JOB_DEVICE: Member = required("device", Type::Str);
+const JOB_LEN: Member = required("len", Type::Int);
+const JOB_OFFSET: Member = required("offset", Type::Int);
+const JOB_SPEED: Member = required("speed", Type::Int);
+static BLOCK_JOB_ERROR: Object = Object::new(&[
+    required("device", Type::Str),
+    required("operation", Type::Enum(&["read", "write"])),
+    required("action", Type::Enum(&["ignore", "report", "stop"])),
+]);
+static BLOCK_JOB_PENDING: Object =
+    Object::new(&[required("type", Type::Enum(JOB_TYPES)), required("id", Type::Str)]);
 static SHUTDOWN: Object =
     Object::new(&[required("guest", Type::Bool), required("reason", Type::Enum(SHUTDOWN_CAUSES))]);
 const SHUTDOWN_CAUSES: &[&str] = &{
@@ -182,6 +277,12 @@ impl Event {
             Self::VserportChange { .. } => "VSERPORT_CHANGE",
             Self::GuestPanicked(_) => "GUEST_PANICKED",
             Self::BlockIoError { .. } => "BLOCK_IO_ERROR",
+            Self::JobStatusChange { .. } => "JOB_STATUS_CHANGE",
+            Self::BlockJobReady(_) => "BLOCK_JOB_READY",
+            Self::BlockJobCompleted { .. } => "BLOCK_JOB_COMPLETED",
+            Self::BlockJobCancelled(_) => "BLOCK_JOB_CANCELLED",
+            Self::BlockJobError { .. } => "BLOCK_JOB_ERROR",
+            Self::BlockJobPending { .. } => "BLOCK_JOB_PENDING",
         }
     }
 
@@ -214,6 +315,25 @@ impl Event {
                 "nospace": nospace,
                 "reason": reason,
             })),
+            Self::JobStatusChange { id, status } => Some(json!({"id": id, "status": status.name()})),
+            Self::BlockJobReady(facts) | Self::BlockJobCancelled(facts) => Some(facts.data()),
+            Self::BlockJobCompleted { facts, error } => {
+                let mut data = facts.data();
+                if let Some(error) = error {
+                    data["error"] = error.as_str().into();
+                }
+                Some(data)
+            }
+            Self::BlockJobError { device, is_read, action } => Some(json!({
+                "device": device,
+                "operation": if *is_read { "read" } else { "write" },
+                "action": match action {
+                    Action::Ignore => "ignore",
+                    Action::Report => "report",
+                    Action::Stop => "stop",
+                },
+            })),
+            Self::BlockJobPending { kind, id } => Some(json!({"type": kind, "id": id})),
         }
     }
 
@@ -330,6 +450,16 @@ mod tests {
         for action in [IoErrorAction::Ignore, IoErrorAction::Report, IoErrorAction::Stop] {
             events.push(io_error("disk0", action));
         }
+        events.extend(JobStatus::ALL.map(|status| Event::JobStatusChange { id: "m0".into(), status }));
+        let facts = || BlockJobFacts { kind: "mirror", device: "m0".into(), len: 2, offset: 1, speed: 0 };
+        events.extend([Event::BlockJobReady(facts()), Event::BlockJobCancelled(facts())]);
+        for error in [None, Some("Input/output error".to_owned())] {
+            events.push(Event::BlockJobCompleted { facts: facts(), error });
+        }
+        for action in [Action::Ignore, Action::Report, Action::Stop] {
+            events.push(Event::BlockJobError { device: "m0".into(), is_read: false, action });
+        }
+        events.push(Event::BlockJobPending { kind: "mirror", id: "m0".into() });
         events
     }
 

@@ -38,12 +38,12 @@ use std::time::Instant;
 use protocol::{Args, Error, Request};
 use serde_json::Value;
 
-pub use self::events::{Event, IoErrorAction, PanicAction, ShutdownCause};
+pub use self::events::{BlockJobFacts, Event, IoErrorAction, PanicAction, ShutdownCause};
 use self::events::{EventLine, Throttle};
 pub use self::fds::{FdSets, ReceivedFds};
 use self::schema::check_arguments;
 use self::session::Session;
-pub use self::vm::{ChardevInfo, CpuInfo, DiskInfo, IoStatus, SessionId, Vm, VmError};
+pub use self::vm::{BlockLayer, ChardevInfo, CpuInfo, DiskInfo, IoStatus, SessionId, Vm, VmError};
 use crate::event_loop::{Interest, Ready, Token, Watch};
 use crate::socket::{Listener, SocketError};
 

@@ -13,9 +13,14 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::schema::{Type, conforms};
 use super::*;
-use crate::config::CacheMode;
 use crate::guest_channel::{AgentStatus, FreezeStatus};
+use crate::jobs::nodes::{NodeSource, NodeSpec, Nodes};
+use crate::jobs::registry::JobDone;
+use crate::jobs::testing::FakeDisks;
+use crate::jobs::{Disks, Jobs};
 use crate::run_state::RunState;
+
+mod jobs;
 
 /// A VM that does what it is told at once.
 struct FakeVm {
@@ -24,6 +29,35 @@ struct FakeVm {
     requests: Vec<(SessionId, String, Map)>,
     closed: Vec<SessionId>,
     quit: bool,
+    jobs: Jobs,
+    disks: FakeDisks,
+    /// Ends of jobs that have threads.
+    done: std::sync::mpsc::Receiver<JobDone>,
+}
+
+impl FakeVm {
+    fn new() -> Self {
+        let node = |disk| {
+            let source = NodeSource::Path(format!("/images/{disk}.raw").into());
+            (None, NodeSpec { direct: true, ..NodeSpec::new(source) })
+        };
+        let (sender, done) = std::sync::mpsc::channel();
+        let post = move || {
+            let sender = sender.clone();
+            Box::new(move |done| sender.send(done).unwrap_or_default()) as Box<dyn FnOnce(JobDone) + Send>
+        };
+        let disks = FakeDisks::default();
+        Self {
+            state: RunState::Running,
+            events: Vec::new(),
+            requests: Vec::new(),
+            closed: Vec::new(),
+            quit: false,
+            jobs: Jobs::new(Nodes::new([node("a"), node("b")]), disks.count(), Box::new(post)),
+            disks,
+            done,
+        }
+    }
 }
 
 impl Vm for FakeVm {
@@ -43,17 +77,7 @@ impl Vm for FakeVm {
         vec![ChardevInfo { label: "agent".into(), filename: "unix:/x".into(), frontend_open: true }]
     }
     fn disks(&self) -> Vec<DiskInfo> {
-        vec![DiskInfo {
-            device: "disk0".into(),
-            node_name: "disk0".into(),
-            filename: "/images/a.raw".into(),
-            virtual_size: 1 << 30,
-            actual_size: Some(4096),
-            read_only: false,
-            direct: true,
-            cache: CacheMode::Writeback,
-            io_status: IoStatus::Ok,
-        }]
+        vec![DiskInfo { device: "disk0".into(), virtual_size: 1 << 30, io_status: IoStatus::Ok }]
     }
     fn agent(&self) -> AgentStatus {
         let frozen = FreezeStatus { by: Some("agent client 1".into()), thaw_in: None };
@@ -99,12 +123,18 @@ impl Vm for FakeVm {
     fn resize_disk(&mut self, _: usize, _: u64) -> Result<(), VmError> {
         Ok(())
     }
+    fn block(&mut self) -> BlockLayer<'_> {
+        BlockLayer { jobs: &mut self.jobs, disks: &self.disks }
+    }
     fn quit(&mut self) {
         self.quit = true;
         self.events.push(Event::Shutdown(ShutdownCause::HostQuit));
+        self.jobs.end_all(&self.disks);
     }
     fn take_events(&mut self) -> Vec<Event> {
-        std::mem::take(&mut self.events)
+        let mut events = std::mem::take(&mut self.events);
+        events.append(&mut self.jobs.take_events());
+        events
     }
     fn guest_request(&mut self, session: SessionId, execute: String, arguments: Map) {
         self.requests.push((session, execute, arguments));
@@ -140,13 +170,7 @@ impl Lab {
         let directory = tempfile::tempdir().unwrap();
         let mut watch = Registrations::default();
         let monitor = Monitor::bind(&directory.path().join("monitor.sock"), &mut watch).unwrap();
-        let vm = FakeVm {
-            state: RunState::Running,
-            events: Vec::new(),
-            requests: Vec::new(),
-            closed: Vec::new(),
-            quit: false,
-        };
+        let vm = FakeVm::new();
         Self { directory, monitor, vm, watch, now: Instant::now() }
     }
 

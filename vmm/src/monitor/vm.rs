@@ -6,8 +6,8 @@ use protocol::{Error, Map};
 use uuid::Uuid;
 
 use super::events::Event;
-use crate::config::CacheMode;
 use crate::guest_channel::AgentStatus;
+use crate::jobs::{Disks, Jobs};
 use crate::run_state::RunState;
 
 /// A VM as its monitor sees it.
@@ -68,6 +68,8 @@ pub trait Vm {
     ///
     /// The image cannot have that size; it stays as it was.
     fn resize_disk(&mut self, index: usize, size: u64) -> Result<(), VmError>;
+    /// Its block nodes and jobs, and the disks they work on.
+    fn block(&mut self) -> BlockLayer<'_>;
     /// Ends the VM. The loop ends after the reply has been sent.
     fn quit(&mut self);
 
@@ -79,6 +81,14 @@ pub trait Vm {
     fn guest_request(&mut self, session: SessionId, execute: String, arguments: Map);
     /// The session is gone: nobody waits for its outcome, and what it froze is nobody's any more.
     fn guest_session_closed(&mut self, session: SessionId);
+}
+
+/// What commands about nodes and jobs act on.
+pub struct BlockLayer<'a> {
+    /// Nodes and jobs.
+    pub jobs: &'a mut Jobs,
+    /// The disks.
+    pub disks: &'a dyn Disks,
 }
 
 /// Names a monitor connection, once and for all time: numbers are not reused.
@@ -144,25 +154,13 @@ pub struct ChardevInfo {
     pub frontend_open: bool,
 }
 
-/// A disk.
+/// A disk of the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskInfo {
     /// Name of the device.
     pub device: String,
-    /// Name of its block node.
-    pub node_name: String,
-    /// The image.
-    pub filename: String,
     /// Size the guest sees, in bytes.
     pub virtual_size: u64,
-    /// Bytes the image takes on the host, where that is known.
-    pub actual_size: Option<u64>,
-    /// The guest can only read.
-    pub read_only: bool,
-    /// The host's page cache is bypassed.
-    pub direct: bool,
-    /// What a completed write means.
-    pub cache: CacheMode,
     /// What the last failed operation that stopped the VM leaves behind.
     pub io_status: IoStatus,
 }

@@ -10,7 +10,7 @@ use crate::config::DiskSpec;
 use crate::controller::{ControlError, Controller};
 use crate::guest_channel::{AgentStatus, GuestChannel};
 use crate::monitor::{
-    ChardevInfo, CpuInfo, DiskInfo, Event, IoStatus, SessionId, ShutdownCause, Vm, VmError,
+    BlockLayer, ChardevInfo, CpuInfo, DiskInfo, Event, IoStatus, SessionId, ShutdownCause, Vm, VmError,
 };
 use crate::run_dir::VmPaths;
 use crate::run_state::{Denied, RunState};
@@ -39,29 +39,12 @@ impl Core {
             Some(false) => IoStatus::Failed,
             Some(true) => IoStatus::Nospace,
         };
-        DiskInfo {
-            device: spec.id.clone(),
-            node_name: spec.id.clone(),
-            filename: spec.path.display().to_string(),
-            virtual_size: backend.size(),
-            actual_size: allocated(&spec.path),
-            read_only: spec.read_only,
-            direct: spec.direct,
-            cache: spec.cache,
-            io_status,
-        }
+        DiskInfo { device: spec.id.clone(), virtual_size: backend.size(), io_status }
     }
 
     fn guest_open(&self, port: usize) -> bool {
         self.controller.machine().is_some_and(|machine| machine.console.guest_open(port))
     }
-}
-
-/// Bytes that the image takes on the host.
-fn allocated(path: &std::path::Path) -> Option<u64> {
-    use std::os::unix::fs::MetadataExt;
-    let metadata = std::fs::metadata(path).ok()?;
-    metadata.is_file().then(|| metadata.blocks() * 512)
 }
 
 impl From<ControlError> for VmError {
@@ -172,6 +155,10 @@ impl Vm for Core {
 
     fn resize_disk(&mut self, index: usize, size: u64) -> Result<(), VmError> {
         Ok(self.controller.resize_disk(index, size)?)
+    }
+
+    fn block(&mut self) -> BlockLayer<'_> {
+        self.controller.block()
     }
 
     fn quit(&mut self) {

@@ -153,8 +153,10 @@ fn errors_are_told_with_what_was_done_about_them() {
     assert_eq!(heard(&mut job, error(Action::Ignore, false)), "ERROR(write,Ignore)");
     assert_eq!(heard(&mut job, error(Action::Stop, true)), "ERROR(write,Stop) paused");
     assert_eq!(job.io_status(), IoStatus::NoSpace);
-    assert_eq!(asked(&mut job, Request::Resume), ">Resume running");
+    assert_eq!(refused(&mut job, Request::Pause), "Job is already paused");
+    job.forget_error();
     assert_eq!(job.io_status(), IoStatus::Ok);
+    assert_eq!(asked(&mut job, Request::Resume), ">Resume running");
     assert_eq!(heard(&mut job, error(Action::Report, false)), "ERROR(write,Report)");
     assert_eq!(heard(&mut job, Report::Failed("Input/output error".into())), "aborting >Detach");
     assert_eq!(heard(&mut job, Report::Detached), "COMPLETED(Input/output error) concluded null");
@@ -177,6 +179,7 @@ fn a_completion_at_the_wrong_time_is_refused_and_changes_nothing() {
 fn the_speed_is_kept_for_who_asks() {
     let mut job = job();
     assert_eq!(asked(&mut job, Request::SetSpeed(1 << 20)), ">SetSpeed(1048576)");
+    assert_eq!(asked(&mut job, Request::SetMode(CopyMode::WriteBlocking)), ">SetMode(WriteBlocking)");
     assert_eq!(job.speed(), 1 << 20);
 }
 
@@ -247,4 +250,28 @@ fn whatever_happens_in_whatever_order_a_job_keeps_to_the_table_and_detaches_once
         assert!(ends <= 1, "it ended {ends} times");
         assert_eq!(ends == 1, job.status().is_over());
     }
+}
+
+#[test]
+fn once_the_disk_is_told_how_to_end_it_a_job_cannot_be_cancelled() {
+    let mut job = ready(options());
+    asked(&mut job, Request::Complete);
+    assert_eq!(heard(&mut job, Report::Quiesced), "waiting pending >Switch");
+    for request in [FORCE, SOFT, Request::Finalize] {
+        assert!(refused(&mut job, request).starts_with("Job 'm0' in state 'pending' cannot accept"));
+    }
+    assert_eq!(heard(&mut job, Report::Failed("x".into())), "aborting >Detach");
+    assert_eq!(heard(&mut job, Report::Detached), "COMPLETED(x) concluded null");
+}
+
+#[test]
+fn a_job_without_a_disk_is_simply_done() {
+    let create = JobOptions { kind: JobKind::Create, auto_dismiss: false, ..options() };
+    let mut job = Job::start(create.clone()).0;
+    assert_eq!(heard(&mut job, Report::Done), "waiting pending COMPLETED concluded");
+    assert_eq!(asked(&mut job, Request::Dismiss), "null");
+    let mut job = Job::start(create).0;
+    assert_eq!(asked(&mut job, FORCE), "aborting >Detach");
+    assert_eq!(heard(&mut job, Report::Done), "CANCELLED concluded");
+    assert_eq!(job.error(), Some("Operation canceled"));
 }

@@ -1,19 +1,20 @@
 //! The VM's disks.
 
+use block::Cache;
 use protocol::Error;
 use serde_json::{Value, json};
 
 use super::super::schema::{EMPTY, Object, Type, optional, required};
 use super::super::vm::{DiskInfo, IoStatus};
 use super::{Call, Command, nothing};
-use crate::config::CacheMode;
+use crate::jobs::nodes::NodeInfo;
 
 pub(super) const COMMANDS: &[Command] = &[
     Command {
         name: "query-block",
         arguments: &EMPTY,
         returns: Type::Array(&Type::Object(&BLOCK_INFO)),
-        run: |call| Ok(call.vm.disks().iter().map(block_info).collect()),
+        run: query_block,
     },
     Command {
         name: "query-named-block-nodes",
@@ -72,8 +73,21 @@ static CACHE_INFO: Object = Object::new(&[
     required("no-flush", Type::Bool),
 ]);
 
+fn query_block(call: &mut Call<'_>) -> Result<Value, Error> {
+    let disks = call.vm.disks();
+    let nodes = &call.vm.block().jobs.nodes;
+    let info = |(index, disk): (usize, &DiskInfo)| block_info(disk, nodes.root(index));
+    Ok(disks.iter().enumerate().map(info).collect())
+}
+
 fn query_named_block_nodes(call: &mut Call<'_>) -> Result<Value, Error> {
-    Ok(call.vm.disks().iter().map(block_device_info).collect())
+    let disks = call.vm.disks();
+    let nodes = call.vm.block().jobs.nodes.list();
+    let info = |node: &NodeInfo| {
+        let of_disk = node.disk.and_then(|index| disks.get(index));
+        block_device_info(node, of_disk.map_or(node.size, |disk| disk.virtual_size))
+    };
+    Ok(nodes.iter().map(info).collect())
 }
 
 /// Changes the size of an image, and tells the guest. A smaller size cuts off what is beyond it.
@@ -84,48 +98,54 @@ fn block_resize(call: &mut Call<'_>) -> Result<Value, Error> {
     let size = u64::try_from(size).ok().filter(|size| *size > 0);
     let size = size.ok_or_else(|| Error::invalid_parameter_value("size", "a >0 size"))?;
     let disks = call.vm.disks();
-    let found = disks.iter().position(|disk| {
-        device.as_ref().is_some_and(|name| *name == disk.device)
-            || node.as_ref().is_some_and(|name| *name == disk.node_name)
+    let jobs = call.vm.block().jobs;
+    let roots: Vec<_> = (0..disks.len()).map(|index| jobs.nodes.root(index)).collect();
+    let found = disks.iter().zip(&roots).position(|(disk, root)| {
+        let root = root.as_ref().map(|root| &root.name);
+        device.as_ref().is_some_and(|name| *name == disk.device) || (node.is_some() && node.as_ref() == root)
     });
     let Some(index) = found else {
         let (device, node) = (device.unwrap_or_default(), node.unwrap_or_default());
         return Err(Error::generic(format!("Cannot find device='{device}' nor node-name='{node}'")));
     };
+    if jobs.on_disk(index).is_some() {
+        let node = roots[index].as_ref().map_or("", |root| &root.name);
+        let text = format!("Node '{node}' is busy: block device is in use by block job: mirror");
+        return Err(Error::generic(text));
+    }
     call.vm.resize_disk(index, size)?;
     Ok(nothing())
 }
 
-fn block_info(disk: &DiskInfo) -> Value {
-    json!({
+fn block_info(disk: &DiskInfo, node: Option<NodeInfo>) -> Value {
+    let mut info = json!({
         "device": disk.device,
         "qdev": format!("/machine/peripheral/{}/virtio-backend", disk.device),
         "type": "unknown",
         "removable": false,
         "locked": false,
-        "inserted": block_device_info(disk),
         "io-status": match disk.io_status {
             IoStatus::Ok => "ok",
             IoStatus::Failed => "failed",
             IoStatus::Nospace => "nospace",
         },
-    })
+    });
+    if let Some(node) = node {
+        info["inserted"] = block_device_info(&node, disk.virtual_size);
+    }
+    info
 }
 
-fn block_device_info(disk: &DiskInfo) -> Value {
-    let mut image = json!({
-        "filename": disk.filename,
-        "format": "raw",
-        "virtual-size": disk.virtual_size,
-    });
-    if let Some(size) = disk.actual_size {
+fn block_device_info(node: &NodeInfo, size: u64) -> Value {
+    let mut image = json!({"filename": node.filename, "format": node.driver, "virtual-size": size});
+    if let Some(size) = node.actual_size {
         image["actual-size"] = size.into();
     }
     json!({
-        "file": disk.filename,
-        "node-name": disk.node_name,
-        "ro": disk.read_only,
-        "drv": "raw",
+        "file": node.filename,
+        "node-name": node.name,
+        "ro": node.read_only,
+        "drv": node.driver,
         "backing_file_depth": 0,
         "active": true,
         "encrypted": false,
@@ -134,9 +154,9 @@ fn block_device_info(disk: &DiskInfo) -> Value {
         "iops": 0, "iops_rd": 0, "iops_wr": 0,
         "image": image,
         "cache": {
-            "writeback": disk.cache != CacheMode::Writethrough,
-            "direct": disk.direct,
-            "no-flush": disk.cache == CacheMode::Unsafe,
+            "writeback": node.cache != Cache::Writethrough,
+            "direct": node.direct,
+            "no-flush": node.cache == Cache::Unsafe,
         },
         "write_threshold": 0,
     })

@@ -11,7 +11,10 @@ mod agent;
 mod block;
 mod fds;
 mod introspection;
+mod jobs;
 mod machine;
+mod mirror;
+mod nodes;
 mod run_state;
 
 use protocol::{Args, Error};
@@ -53,6 +56,9 @@ static TABLES: &[&[Command]] = &[
     run_state::COMMANDS,
     machine::COMMANDS,
     block::COMMANDS,
+    nodes::COMMANDS,
+    mirror::COMMANDS,
+    jobs::COMMANDS,
     fds::COMMANDS,
     agent::COMMANDS,
 ];

@@ -1,0 +1,59 @@
+//! What jobs need of the VM's disks.
+
+use block::{Disk, EngineOptions, MirrorOptions, MirrorStatus};
+
+use super::lifecycle::Order;
+
+/// What a disk is to jobs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskFacts {
+    /// Its device name.
+    pub device: String,
+    /// In bytes.
+    pub size: u64,
+    /// Bytes in a logical block, as the guest knows it.
+    pub block_size: u32,
+}
+
+/// An order that was not carried out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotDone {
+    /// It may still be: the disk has not answered in time.
+    #[error("{0}")]
+    Late(String),
+    /// It will not be.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Waits, for a bounded time, until an order is carried out. Need not be called.
+pub type Answer = Box<dyn FnOnce() -> Result<(), NotDone>>;
+
+/// The VM's disks, numbered from 0. Every call returns at once, but for [`Self::start_mirror`], which waits until the
+/// disk has nothing in flight, and what an [`Answer`] does.
+///
+/// What a disk has to say of its mirror comes later, as [`super::lifecycle::Report`]s in the order of its doing; each
+/// Switch and each Detach that is carried out is reported, once, also when its answer was waited for.
+pub trait Disks {
+    /// How many there are.
+    fn count(&self) -> usize;
+    /// What disk `disk` is.
+    fn facts(&self, disk: usize) -> DiskFacts;
+    /// Begins to mirror disk `disk` to `target`, which is closed when the mirror ends without a switch; after a switch,
+    /// the source is.
+    ///
+    /// # Errors
+    ///
+    /// There is no mirror, and the target is closed.
+    fn start_mirror(
+        &self,
+        disk: usize,
+        target: Disk,
+        engine: EngineOptions,
+        options: MirrorOptions,
+    ) -> Result<(), NotDone>;
+    /// Tells the mirror of disk `disk` something.
+    fn order(&self, disk: usize, order: Order) -> Answer;
+    /// Where the mirror of disk `disk` stands.
+    fn mirror_status(&self, disk: usize) -> Option<MirrorStatus>;
+}
