@@ -11,9 +11,10 @@ use protocol::Error;
 
 use super::create::{self, Preallocation};
 use super::disks::{DiskFacts, Disks};
+use super::entry::Work;
 use super::lifecycle::{JobKind, JobOptions};
 use super::nodes::{NodeInfo, NodeSource, NodeSpec, is_well_formed};
-use super::registry::{Jobs, Work};
+use super::registry::Jobs;
 
 /// What is copied (QEMU's `MirrorSyncMode`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,15 +120,15 @@ impl Jobs {
     /// # Errors
     ///
     /// There is no job, and the disk is as it was. An image that was made for it stays.
-    pub fn mirror(&mut self, disks: &dyn Disks, request: MirrorRequest) -> Result<(), Error> {
+    pub fn mirror(&mut self, disks: &dyn Disks, request: &MirrorRequest) -> Result<(), Error> {
         let source = self.source(disks, &request.device)?;
         let node_target = matches!(request.target, Target::Node(_));
         if !node_target {
-            self.check(disks, &request, &source)?;
+            self.check(disks, request, &source)?;
         }
-        let (target, is_zero) = self.target(disks, &request, &source)?;
-        let begun = if node_target { self.check(disks, &request, &source) } else { Ok(()) };
-        let begun = begun.and_then(|()| self.begin(disks, &request, &source, &target, is_zero));
+        let (target, is_zero) = self.target(disks, request, &source)?;
+        let begun = if node_target { self.check(disks, request, &source) } else { Ok(()) };
+        let begun = begun.and_then(|()| self.begin(disks, request, &source, &target, is_zero));
         self.nodes.drop_unnamed(&target);
         begun
     }

@@ -22,6 +22,7 @@
 mod backend;
 pub mod create;
 pub mod disks;
+mod entry;
 pub mod lifecycle;
 pub mod mirror;
 pub mod nodes;

@@ -4,17 +4,19 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread;
 
-use block::{CopyMode, MirrorStatus};
+use block::CopyMode;
 use protocol::Error;
 
 use super::create::{self, Preallocation};
-use super::disks::{Answer, Disks, NotDone};
+use super::disks::{Disks, NotDone};
+pub use super::entry::JobInfo;
+use super::entry::{Entry, Maker, Work};
 use super::lifecycle::{Job, JobKind, JobOptions, JobRefused, Note, Order, Report, Request, Step};
 use super::nodes::{Nodes, is_well_formed};
 use super::state::{JobStatus, Verb};
-use crate::monitor::{BlockJobFacts, Event};
+use crate::monitor::Event;
 
 /// Jobs at a time: a disk has one, and what is over waits for a client.
 const JOBS_MAX: usize = 128;
@@ -29,79 +31,6 @@ pub struct JobDone {
 
 /// How the threads of jobs tell of their end.
 pub type Post = Box<dyn Fn() -> Box<dyn FnOnce(JobDone) + Send>>;
-
-/// What a job works on.
-pub(super) enum Work {
-    /// Disk `disk` is mirrored.
-    Mirror {
-        disk: usize,
-        mode: CopyMode,
-        /// The disk's thread has the target.
-        attached: bool,
-    },
-    /// A thread makes an image.
-    Create(Maker),
-}
-
-/// The thread that makes an image. Dropping it ends it.
-pub(super) struct Maker {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drop for Maker {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("The thread that makes an image has panicked");
-        }
-    }
-}
-
-/// A job, and what it is about.
-struct Entry {
-    number: u64,
-    job: Job,
-    work: Work,
-    /// Bytes done, and bytes in all.
-    progress: (u64, u64),
-    actively_synced: bool,
-    /// The disk has been told to end its mirror.
-    leaving: Option<Answer>,
-}
-
-/// What `query-jobs` and `query-block-jobs` tell of a job.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct JobInfo {
-    /// Its name.
-    pub id: String,
-    /// Its kind.
-    pub kind: JobKind,
-    /// Where it is.
-    pub status: JobStatus,
-    /// Bytes done.
-    pub offset: u64,
-    /// Bytes in all, as far as is known.
-    pub len: u64,
-    /// Bytes per second; 0 is no limit.
-    pub speed: u64,
-    /// It works.
-    pub busy: bool,
-    /// It stands still.
-    pub paused: bool,
-    /// It has reached its goal and keeps it up.
-    pub ready: bool,
-    /// Whether an error has stopped it (QEMU's spelling).
-    pub io_status: &'static str,
-    /// It goes on by itself from pending.
-    pub auto_finalize: bool,
-    /// It goes by itself once it is over.
-    pub auto_dismiss: bool,
-    /// Why it failed.
-    pub error: Option<String>,
-    /// Mirrors: both images are the same, and each write goes to both.
-    pub actively_synced: Option<bool>,
-}
 
 /// All jobs and all nodes of a VM.
 pub struct Jobs {
@@ -153,8 +82,8 @@ impl Jobs {
     ) -> Result<(), Error> {
         let index = self.find(family, id)?;
         // What is done and what remains, as of now: a mirror that ends takes it along.
-        self.refresh(index, disks);
-        let steps = self.entries[index].job.ask(request).map_err(refused)?;
+        self.entries[index].refresh(disks);
+        let steps = self.entries[index].job.ask(request)?;
         let number = self.entries[index].number;
         let wait = request == Request::Finalize;
         self.carry_out(number, steps, disks, wait);
@@ -168,7 +97,7 @@ impl Jobs {
     /// There is no such job, it is no mirror, or its state does not admit it.
     pub fn change_mode(&mut self, disks: &dyn Disks, id: &str, wanted: CopyMode) -> Result<(), Error> {
         let index = self.find(Family::BlockJob, id)?;
-        self.entries[index].job.check(Verb::Change).map_err(|error| refused(error.into()))?;
+        self.entries[index].job.check(Verb::Change).map_err(JobRefused::from)?;
         match &mut self.entries[index].work {
             Work::Create(_) => Err(Error::generic("Job type does not support change")),
             Work::Mirror { mode, .. } if *mode == wanted => Ok(()),
@@ -211,7 +140,7 @@ impl Jobs {
 
     /// All jobs, the newest first.
     pub fn list(&mut self, disks: &dyn Disks) -> Vec<JobInfo> {
-        (0..self.entries.len()).for_each(|index| self.refresh(index, disks));
+        self.entries.iter_mut().for_each(|entry| entry.refresh(disks));
         self.entries.iter().rev().map(Entry::info).collect()
     }
 
@@ -233,7 +162,7 @@ impl Jobs {
             Some(left) => return *left -= u32::from(ends),
         }
         let Some(index) = self.mirror_of(disk) else { return };
-        self.refresh(index, disks);
+        self.entries[index].refresh(disks);
         self.apply(index, disk, report, disks);
     }
 
@@ -264,7 +193,7 @@ impl Jobs {
     pub fn end_all(&mut self, disks: &dyn Disks) {
         for number in self.entries.iter().map(|entry| entry.number).collect::<Vec<_>>() {
             let Some(index) = self.position(number) else { continue };
-            self.refresh(index, disks);
+            self.entries[index].refresh(disks);
             // One that has been told how to end, or is over, refuses.
             if let Ok(steps) = self.entries[index].job.ask(Request::Cancel { force: true }) {
                 self.carry_out(number, steps, disks, false);
@@ -343,15 +272,6 @@ impl Jobs {
         let mirrors =
             |entry: &Entry| matches!(entry.work, Work::Mirror { disk: of, attached: true, .. } if of == disk);
         self.entries.iter().position(mirrors)
-    }
-
-    fn refresh(&mut self, index: usize, disks: &dyn Disks) {
-        let entry = &mut self.entries[index];
-        let Work::Mirror { disk, attached: true, .. } = entry.work else { return };
-        if let Some(MirrorStatus { done, total, actively_synced, .. }) = disks.mirror_status(disk) {
-            entry.progress = (done, total);
-            entry.actively_synced = actively_synced;
-        }
     }
 
     fn tell(&mut self, number: u64, report: Report, disks: &dyn Disks) {
@@ -452,54 +372,8 @@ impl Jobs {
     }
 }
 
-impl Entry {
-    fn info(&self) -> JobInfo {
-        let Self { job, work, progress: (offset, len), .. } = self;
-        let (auto_finalize, auto_dismiss) = job.automatic();
-        JobInfo {
-            id: job.id().to_owned(),
-            kind: job.kind(),
-            status: job.status(),
-            offset: *offset,
-            len: *len,
-            speed: job.speed(),
-            busy: job.is_busy(),
-            paused: job.status().is_paused(),
-            ready: matches!(job.status(), JobStatus::Ready | JobStatus::Standby),
-            io_status: job.io_status().name(),
-            auto_finalize,
-            auto_dismiss,
-            error: job.error().map(str::to_owned),
-            actively_synced: matches!(work, Work::Mirror { .. }).then_some(self.actively_synced),
-        }
+impl From<JobRefused> for Error {
+    fn from(error: JobRefused) -> Self {
+        Self::generic(error.to_string())
     }
-
-    fn facts(&self) -> BlockJobFacts {
-        BlockJobFacts {
-            kind: self.job.kind().name(),
-            device: self.job.id().to_owned(),
-            len: self.progress.1,
-            offset: self.progress.0,
-            speed: self.job.speed(),
-        }
-    }
-
-    fn event(&self, note: &Note) -> Option<Event> {
-        let id = || self.job.id().to_owned();
-        Some(match note {
-            Note::Status(status) => Event::JobStatusChange { id: id(), status: *status },
-            _ if !self.job.kind().is_block_job() => return None,
-            Note::Ready => Event::BlockJobReady(self.facts()),
-            Note::Pending => Event::BlockJobPending { kind: self.job.kind().name(), id: id() },
-            Note::Completed(error) => Event::BlockJobCompleted { facts: self.facts(), error: error.clone() },
-            Note::Cancelled => Event::BlockJobCancelled(self.facts()),
-            Note::Error { is_read, action } => {
-                Event::BlockJobError { device: id(), is_read: *is_read, action: *action }
-            }
-        })
-    }
-}
-
-fn refused(error: JobRefused) -> Error {
-    Error::generic(error.to_string())
 }

@@ -86,7 +86,7 @@ fn blockdev_mirror(call: &mut Call<'_>) -> Result<Value, Error> {
     let mut request = request(&mut call.args, target)?;
     request.filter_node_name = call.args.optional_string("filter-node-name")?;
     let BlockLayer { jobs, disks } = call.vm.block();
-    jobs.mirror(disks, request).map(|()| nothing())
+    jobs.mirror(disks, &request).map(|()| nothing())
 }
 
 fn drive_mirror(call: &mut Call<'_>) -> Result<Value, Error> {
@@ -101,7 +101,7 @@ fn drive_mirror(call: &mut Call<'_>) -> Result<Value, Error> {
     let mut request = request(&mut call.args, target)?;
     request.unmap = call.args.optional_bool("unmap")?.unwrap_or(true);
     let BlockLayer { jobs, disks } = call.vm.block();
-    jobs.mirror(disks, request).map(|()| nothing())
+    jobs.mirror(disks, &request).map(|()| nothing())
 }
 
 fn request(args: &mut Args, target: Target) -> Result<MirrorRequest, Error> {

@@ -1,5 +1,7 @@
 //! Nodes and jobs through the monitor, over disks that do what they are told on paper.
 
+#![expect(clippy::needless_pass_by_value, reason = "arguments are written where they are used")]
+
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
