@@ -12,6 +12,9 @@
 //!                       └──────── Unfinished, NotConverged ────────┘
 //! ```
 //!
+//! A backup ([`Drive::attach_backup`]) goes the same ways, but its target is to be what the disk was in the beginning; it
+//! ends when all is copied, and is detached.
+//!
 //! A [`Drive`] has an [`Engine`]'s interface, and without a mirror it does nothing but hand on. With one, the rules of
 //! [`mirror`] hold. It has one owner, one thread at a time, no lock, no clock and no thread of its own: what has to
 //! happen later happens in [`Drive::advance`], which the owner calls after every round of work, when
@@ -41,7 +44,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
-use self::mirror::{Images, Limits, Mirror};
+use self::mirror::{Images, Kind, Limits, Mirror};
 pub use self::options::{
     AttachReason, CopyMode, MirrorAction, MirrorError, MirrorEvent, MirrorOperation, MirrorOptions,
     MirrorRefusal, MirrorStatus, MirrorSync, OnError, Side,
@@ -51,6 +54,8 @@ use crate::engine::{Completion, Engine, EngineKind, Operation};
 
 /// Rounds that one call may take before it lets others work.
 const ROUNDS: usize = 4;
+/// A bitmap of them has 128 MiB.
+const MOST_CHUNKS: u64 = 1 << 30;
 const GRANULARITY: std::ops::RangeInclusive<u32> = 512..=64 << 20;
 
 /// A mirror was not attached: here is its target.
@@ -262,11 +267,27 @@ impl Drive {
     ///
     /// [`AttachReason`], with the target given back.
     pub fn attach_mirror(&mut self, target: Engine, options: &MirrorOptions) -> Result<(), Box<AttachError>> {
-        self.attach(target, options, Limits::default())
+        self.attach(Kind::Mirror, target, options, Limits::default())
+    }
+
+    /// Begins to save to `target` what the disk holds now, while the guest goes on: what it changes is copied first. Ends
+    /// with [`MirrorEvent::Ready`], after which it is to be detached; a backup only of what the guest changes
+    /// ([`MirrorSync::None`]) goes on until it is. The options' copy mode means nothing here.
+    ///
+    /// An error of a copy that a guest's write waits for fails the backup, whatever the policies say: the guest neither
+    /// waits nor fails for it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::attach_mirror`].
+    pub fn attach_backup(&mut self, target: Engine, options: &MirrorOptions) -> Result<(), Box<AttachError>> {
+        let kind = Kind::Backup { background: options.sync == MirrorSync::Full };
+        self.attach(kind, target, options, Limits::default())
     }
 
     fn attach(
         &mut self,
+        kind: Kind,
         target: Engine,
         options: &MirrorOptions,
         limits: Limits,
@@ -281,17 +302,17 @@ impl Drive {
         if let Some(reason) = reason {
             return Err(Box::new(AttachError { target, reason }));
         }
-        self.install(target, options, limits);
+        self.install(kind, target, options, limits);
         Ok(())
     }
 
-    fn install(&mut self, mut target: Engine, options: &MirrorOptions, limits: Limits) {
+    fn install(&mut self, kind: Kind, mut target: Engine, options: &MirrorOptions, limits: Limits) {
         let images = Images {
             size: self.disk().size(),
             tells_extents: !self.disk().geometry().is_block_device,
             sync_errors_stay: !target.disk().is_direct(),
         };
-        let core = Mirror::new(images, options, limits);
+        let core = Mirror::new(kind, images, options, limits);
         // Limits and faults are the device's: they are about what it works on.
         target.set_filtering(false);
         self.mirror = Some(Box::new(Mirrored { target, core, results: Vec::new() }));
@@ -357,9 +378,9 @@ impl Drive {
     ///
     /// # Errors
     ///
-    /// [`MirrorRefusal::NotMirrored`].
+    /// [`MirrorRefusal::NotMirrored`], [`MirrorRefusal::Backup`].
     pub fn set_mode(&mut self, mode: CopyMode) -> Result<(), MirrorRefusal> {
-        self.with_core(|core| core.set_mode(mode))
+        self.with_core(|core| core.set_mode(mode))?
     }
 
     /// Copies what remains, as fast as it goes, and makes the target durable, while the owner holds the guest. Ends with
@@ -448,6 +469,9 @@ fn unfit(source: &Disk, target: &Disk, options: &MirrorOptions) -> Option<Attach
     }
     if target.size() < source.size() {
         return Some(AttachReason::TooSmall { target: target.size(), disk: source.size() });
+    }
+    if source.size() / u64::from(granularity) > MOST_CHUNKS {
+        return Some(AttachReason::TooFine { granularity, disk: source.size() });
     }
     target.is_read_only().then_some(AttachReason::ReadOnly)
 }

@@ -14,7 +14,7 @@ pub enum CopyMode {
     WriteBlocking,
 }
 
-/// What is copied.
+/// What is copied. For a backup, [`MirrorSync::None`] copies only what the guest is about to change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MirrorSync {
     /// The whole disk, and what is written meanwhile.
@@ -134,7 +134,7 @@ pub struct MirrorError {
 /// Something the owner of a mirror should know. Each is told once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MirrorEvent {
-    /// For the first time the target has been equal to the source, and durable.
+    /// For the first time the target has been equal to the source, and durable. Of a backup: it is complete, and durable.
     Ready,
     /// Something failed. An error that is ignored is told once for each time the mirror tries again.
     Error {
@@ -209,6 +209,14 @@ pub enum AttachReason {
     /// Opened read-only.
     #[error("The target is read-only")]
     ReadOnly,
+    /// Too many chunks to keep in mind.
+    #[error("Granularity {granularity} is too fine for a disk of {disk} bytes")]
+    TooFine {
+        /// What was asked for.
+        granularity: u32,
+        /// The source's size in bytes.
+        disk: u64,
+    },
     /// Not a power of two, too small or too large.
     #[error("Granularity {granularity} is not a power of two from 512 to 67108864")]
     Granularity {
@@ -238,6 +246,9 @@ pub enum MirrorRefusal {
         /// How many.
         remaining: u64,
     },
+    /// It is a backup: it is detached, and not switched to.
+    #[error("The disk has a backup, not a mirror")]
+    Backup,
     /// Images may differ: finish first.
     #[error("The mirror is not finished")]
     NotQuiesced,

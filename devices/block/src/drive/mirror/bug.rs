@@ -42,6 +42,10 @@ pub(in crate::drive) enum Bug {
     ZeroForEver,
     /// A discard is believed to leave zeroes.
     DiscardAsZeroes,
+    /// A backup lets a write go before what it changes is copied.
+    WriteBeforeCopy,
+    /// A backup lets a write go while what it changes is being copied.
+    WriteDuringCopy,
 }
 
 impl Mirror {

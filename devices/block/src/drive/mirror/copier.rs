@@ -42,11 +42,18 @@ pub(super) struct Copy {
     piece: Range<u64>,
     stage: Stage,
     memory: Loan,
+    /// A guest's write waits for it: it is made in any case, and asks for no extents.
+    wanted: bool,
 }
 
 impl Copy {
     pub(super) fn piece(&self) -> &Range<u64> {
         &self.piece
+    }
+
+    /// What it has taken. When it fails half-way, all of a chunk is dirty again.
+    pub(super) fn range(&self) -> &Range<u64> {
+        &self.range
     }
 }
 
@@ -130,7 +137,7 @@ impl Mirror {
         if self.copier.awake {
             return Some(now);
         }
-        if self.ledger.is_dirty() && self.copier.in_flight < self.limits.copies {
+        if self.ledger.is_dirty() && self.copier.in_flight < self.plan.limits.copies {
             self.limited_until(now)
         } else {
             None
@@ -140,7 +147,7 @@ impl Mirror {
     pub(super) fn start_copies(&mut self, now: Instant) {
         self.copier.awake = false;
         self.copier.pay(now);
-        while self.copier.in_flight < self.limits.copies && self.limited_until(now).is_none() {
+        while self.copier.in_flight < self.plan.limits.copies && self.limited_until(now).is_none() {
             let Some(run) = self.next_run() else { return };
             if !self.start_copy(run) {
                 return;
@@ -152,14 +159,14 @@ impl Mirror {
     /// How much may be claimed to ask for its extent, and to be made zeroes.
     fn reach(&self) -> u64 {
         match self.condition.mode {
-            CopyMode::Background => self.limits.reach,
+            CopyMode::Background => self.plan.limits.reach,
             CopyMode::WriteBlocking => self.piece(),
         }
     }
 
     /// How much is copied at a time.
     fn piece(&self) -> u64 {
-        self.limits.piece.min(self.copier.pool.capacity())
+        self.plan.limits.piece.min(self.copier.pool.capacity())
     }
 
     /// How much one copy takes on where there is data.
@@ -196,7 +203,7 @@ impl Mirror {
     /// Returns whether it can begin.
     fn start_copy(&mut self, run: Range<u64>) -> bool {
         let data = self.copier.data.clone();
-        let probe = self.images.tells_extents && !data.contains(&run.start);
+        let probe = self.plan.images.tells_extents && !data.contains(&run.start);
         if probe && self.copier.probing > 0 {
             return false;
         }
@@ -204,22 +211,35 @@ impl Mirror {
             run
         } else {
             // Beyond the known data there may be a hole.
-            let known = if self.images.tells_extents { data.end } else { u64::MAX };
+            let known = if self.plan.images.tells_extents { data.end } else { u64::MAX };
             self.shortened(&run, known.min(run.start.saturating_add(self.share())))
         };
-        let Some(memory) = self.copier.pool.lend((range.end - range.start).min(self.piece())) else {
-            return false;
-        };
+        self.begin(range, false)
+    }
+
+    /// A copy that a guest's write waits for. Returns where it ends, if it can begin.
+    pub(super) fn start_wanted_copy(&mut self, run: Range<u64>) -> Option<u64> {
+        let cursor = self.copier.cursor;
+        let range = self.shortened(&run, run.start.saturating_add(self.piece()));
+        let end = range.end;
+        let begun = self.begin(range, true);
+        self.copier.cursor = cursor;
+        begun.then_some(end)
+    }
+
+    /// Takes `range`, and begins with its first piece, if there is memory.
+    fn begin(&mut self, range: Range<u64>, wanted: bool) -> bool {
+        let bytes = range.end - range.start;
+        let Some(memory) = self.copier.pool.lend(bytes.min(self.piece())) else { return false };
         if !self.has_bug(Bug::TakeAfterCopy) {
             self.ledger.take(&range);
         }
-        let bytes = range.end - range.start;
         self.copier.cursor = range.end;
         self.copier.in_flight += 1;
         self.copier.bytes_in_flight += bytes;
         let id = self.flights.reserve();
         let piece = range.start..range.start;
-        self.next_piece(id, Copy { range, piece, stage: Stage::Probing, memory });
+        self.next_piece(id, Copy { range, piece, stage: Stage::Probing, memory, wanted });
         true
     }
 
@@ -237,12 +257,12 @@ impl Mirror {
             self.end_copy(id, copy);
             return;
         }
-        if !self.condition.may_copy() {
+        if !copy.wanted && !self.condition.may_copy() {
             copy.piece = at..at;
             self.abandon(id, copy);
             return;
         }
-        let probe = self.images.tells_extents && !self.copier.data.contains(&at);
+        let probe = !copy.wanted && self.plan.images.tells_extents && !self.copier.data.contains(&at);
         let end = if probe { copy.range.end } else { copy.range.end.min(at + self.piece()) };
         copy.piece = at..end;
         copy.stage = Stage::Claiming { probe };
@@ -307,12 +327,12 @@ impl Mirror {
     }
 
     fn failed(&mut self, id: u32, mut copy: Copy, side: Side, operation: MirrorOperation, errno: Errno) {
-        let offset = copy.piece.start;
+        let (offset, wanted) = (copy.piece.start, copy.wanted);
         if side == Side::Target && self.has_bug(Bug::TargetFailureNotMarked) {
             copy.piece = copy.piece.end..copy.piece.end;
         }
         self.abandon(id, copy);
-        self.fail(side, operation, errno, offset);
+        self.fail(side, operation, errno, offset, wanted);
     }
 
     /// The extent at its piece is told.
@@ -384,7 +404,7 @@ impl Mirror {
         }
         copy.stage = Stage::Zeroing;
         let Range { start: offset, end } = copy.piece;
-        let unmap = self.unmap;
+        let unmap = self.plan.unmap;
         self.write_copy(id, copy, Operation::WriteZeroes { offset, length: end - offset, unmap });
     }
 

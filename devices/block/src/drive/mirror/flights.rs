@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::before::Held;
 use super::copier::Copy;
 use super::guest::{Active, Flush};
 
@@ -14,6 +15,8 @@ pub(super) enum Flight {
     Active(Active),
     /// A guest's flush that goes to both images.
     Flush(Flush),
+    /// A guest's write that waits until what it changes is copied.
+    Held(Held),
     /// A copy.
     Copy(Copy),
     /// A flush of the target.
@@ -81,6 +84,17 @@ impl Flights {
             _ => None,
         };
         self.slots.iter().filter_map(range).collect()
+    }
+
+    /// Whether a copy has taken a part of `range`, and is not over.
+    pub(super) fn is_copied(&self, range: &Range<u64>) -> bool {
+        let overlaps = |slot: &Slot| match slot {
+            Slot::Kept(Flight::Copy(copy)) => {
+                copy.range().start < range.end && range.start < copy.range().end
+            }
+            _ => false,
+        };
+        self.slots.iter().any(overlaps)
     }
 
     /// A flight is over, and its number free.

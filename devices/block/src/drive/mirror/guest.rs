@@ -44,8 +44,8 @@ pub(super) struct Guests {
     pub(super) in_flight: usize,
     /// Tracked writes among them.
     pub(super) tracked: usize,
-    /// Active writes that have not begun, in the order in which they came.
-    queue: VecDeque<u32>,
+    /// Active writes that have not begun, or writes that a backup holds, in the order in which they came.
+    pub(super) queue: VecDeque<u32>,
     bounce: Pool,
 }
 
@@ -80,13 +80,17 @@ impl Mirror {
     /// As [`crate::Engine::queue`]; the orders that come of it as well.
     pub(in crate::drive) unsafe fn guest(&mut self, token: u64, operation: Operation) {
         self.guests.in_flight += 1;
-        let Some(range) = changes(&operation, self.images.size) else {
+        let Some(range) = changes(&operation, self.plan.images.size) else {
             match operation {
                 Operation::Flush if self.condition.is_active() => self.flush_both(token),
                 _ => self.pass(token, operation),
             }
             return;
         };
+        if self.is_backup() {
+            self.write_after_copy(token, range, operation);
+            return;
+        }
         self.unfinish();
         let fits = range.end - range.start <= self.guests.bounce.capacity();
         let active = match &operation {
@@ -107,7 +111,7 @@ impl Mirror {
         }
     }
 
-    fn pass(&mut self, token: u64, operation: Operation) {
+    pub(super) fn pass(&mut self, token: u64, operation: Operation) {
         let id = self.flights.reserve();
         self.flights.put(id, Flight::Plain { token });
         self.order(Side::Source, id, operation);
@@ -213,7 +217,7 @@ impl Mirror {
                 if !self.has_bug(Bug::TargetFailureNotMarked) {
                     self.ledger.mark(&range);
                 }
-                self.fail(Side::Target, MirrorOperation::Write, errno, range.start);
+                self.fail(Side::Target, MirrorOperation::Write, errno, range.start, false);
             }
         }
         if let Some(loan) = active.bounce {
@@ -234,9 +238,9 @@ impl Mirror {
                 Operation::Write { offset, buffers }
             }
             (Operation::WriteZeroes { unmap, .. }, _) => {
-                Operation::WriteZeroes { offset, length: end - offset, unmap: *unmap && self.unmap }
+                Operation::WriteZeroes { offset, length: end - offset, unmap: *unmap && self.plan.unmap }
             }
-            _ => Operation::WriteZeroes { offset, length: end - offset, unmap: self.unmap },
+            _ => Operation::WriteZeroes { offset, length: end - offset, unmap: self.plan.unmap },
         };
         if !self.has_bug(Bug::ZeroForEver) {
             self.ledger.writing(&active.range);
@@ -273,6 +277,10 @@ impl Mirror {
 
     /// From now on the guest does not wait for the target, as far as it can be helped.
     pub(super) fn leave_active(&mut self) {
+        if self.is_backup() {
+            self.let_all_go();
+            return;
+        }
         for id in std::mem::take(&mut self.guests.queue) {
             if let Some(Flight::Active(Active { token, range, operation, .. })) = self.flights.take(id) {
                 self.release(id);

@@ -5,6 +5,7 @@
 //!   guest ─▶ reads, flushes ────────────────────────────────────────────────────▶ source
 //!            tracked: source ─▶ mark ─▶ done                    background, discards, wide writes, paused, in error
 //!            active:  claim ─▶ bounce ─▶ take ─▶ source ─▶ target ─▶ done          write-blocking
+//!            held:    copies of what it changes ─▶ source ─▶ done                  a backup: see [`before`]
 //!
 //!   copier ─▶ claim ─▶ take ─▶ [extent?] ─▶ read source ─▶ write target ─▶ release     failed: put back
 //!                                    └ hole ────────▶ zeroes ──┘
@@ -24,6 +25,7 @@
 //! 6. Tracking begins with nothing in flight, and an end is one only with nothing in flight (the caller's gate; both
 //!    are checked).
 
+mod before;
 mod bug;
 mod copier;
 mod flights;
@@ -132,12 +134,28 @@ impl Condition {
     }
 }
 
-pub(super) struct Mirror {
-    // Fixed.
+/// What it is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// To be equal to the source.
+    Mirror,
+    /// To be what the source was in the beginning; copied in the background, or only where the guest writes.
+    Backup { background: bool },
+}
+
+/// What does not change.
+struct Plan {
+    kind: Kind,
     images: Images,
     limits: Limits,
     unmap: bool,
-    on_error: (OnError, OnError),
+    on_source_error: OnError,
+    on_target_error: OnError,
+}
+
+pub(super) struct Mirror {
+    // Fixed.
+    plan: Plan,
     // Volatile.
     condition: Condition,
     ledger: Ledger,
@@ -162,18 +180,23 @@ pub(super) struct Output {
 }
 
 impl Mirror {
-    pub(super) fn new(images: Images, options: &MirrorOptions, limits: Limits) -> Self {
+    pub(super) fn new(kind: Kind, images: Images, options: &MirrorOptions, limits: Limits) -> Self {
         let mut ledger = Ledger::new(images.size, options.granularity, options.target_is_zero);
-        if options.sync == MirrorSync::Full {
+        if options.sync == MirrorSync::Full || kind != Kind::Mirror {
             ledger.put_back(&(0..images.size));
         }
-        Self {
+        let plan = Plan {
+            kind,
             images,
             limits,
             unmap: options.unmap,
-            on_error: (options.on_source_error, options.on_target_error),
+            on_source_error: options.on_source_error,
+            on_target_error: options.on_target_error,
+        };
+        Self {
+            plan,
             condition: Condition {
-                mode: options.mode,
+                mode: if kind == Kind::Mirror { options.mode } else { CopyMode::Background },
                 paused: false,
                 health: Health::Well,
                 ready: false,
@@ -210,6 +233,8 @@ impl Mirror {
             Flight::Flush(flush) => self.flushed(id, flush, result),
             Flight::Copy(copy) => self.copy_step(id, copy, result),
             Flight::Sync => self.synced(id, result),
+            // It has ordered nothing.
+            held @ Flight::Held(_) => self.flights.put(id, held),
         }
         self.settle();
         true
@@ -227,7 +252,9 @@ impl Mirror {
         self.syncs.measure(now);
         self.copier.measure(now, self.ledger.is_dirty(), self.ledger.changed_bytes());
         if self.condition.may_copy() {
-            self.start_copies(now);
+            if self.plan.kind != (Kind::Backup { background: false }) {
+                self.start_copies(now);
+            }
             self.conclude();
         }
         self.syncs.measure(now);
@@ -276,8 +303,13 @@ impl Mirror {
             for id in self.claims.grant() {
                 self.granted(id);
             }
+            if self.is_backup() {
+                self.retry_held();
+            }
         }
-        self.start_active();
+        if !self.is_backup() {
+            self.start_active();
+        }
     }
 
     fn granted(&mut self, id: u32) {
@@ -301,13 +333,19 @@ impl Mirror {
         self.output.orders.push(Order { side, id, aside: false, operation });
     }
 
-    /// Decides on an error of the mirror's own, whose range was put back.
-    fn fail(&mut self, side: Side, operation: MirrorOperation, errno: Errno, offset: u64) {
+    /// Decides on an error of the mirror's own, whose range was put back. `fatal`: nothing can make up for it.
+    fn fail(&mut self, side: Side, operation: MirrorOperation, errno: Errno, offset: u64, fatal: bool) {
         let error = MirrorError { side, operation, errno, offset };
-        let policy = if side == Side::Source { self.on_error.0 } else { self.on_error.1 };
+        let policy = match side {
+            Side::Source => self.plan.on_source_error,
+            Side::Target => self.plan.on_target_error,
+        };
         let action = match policy.action(errno) {
+            _ if fatal => MirrorAction::Report,
             // It would be tried again for ever.
-            MirrorAction::Ignore if operation == MirrorOperation::Flush && self.images.sync_errors_stay => {
+            MirrorAction::Ignore
+                if operation == MirrorOperation::Flush && self.plan.images.sync_errors_stay =>
+            {
                 MirrorAction::Report
             }
             action => action,
@@ -359,16 +397,23 @@ impl Mirror {
         self.copier.wake();
     }
 
-    pub(super) fn set_mode(&mut self, mode: CopyMode) {
+    pub(super) fn set_mode(&mut self, mode: CopyMode) -> Result<(), MirrorRefusal> {
+        if self.is_backup() {
+            return Err(MirrorRefusal::Backup);
+        }
         self.condition.mode = mode;
         self.copier.wake();
         if !self.condition.is_active() {
             self.leave_active();
         }
+        Ok(())
     }
 
     /// Begins the last pass, with the guest held.
     pub(super) fn finish(&mut self, limit: u64) -> Result<(), MirrorRefusal> {
+        if self.is_backup() {
+            return Err(MirrorRefusal::Backup);
+        }
         if self.guests.in_flight > 0 && !self.has_bug(Bug::FinishWithoutDrain) {
             return Err(MirrorRefusal::Busy);
         }
@@ -419,7 +464,7 @@ impl Mirror {
     }
 
     fn remaining(&self) -> u64 {
-        self.ledger.dirty_bytes().saturating_add(self.copier.bytes_in_flight).min(self.images.size)
+        self.ledger.dirty_bytes().saturating_add(self.copier.bytes_in_flight).min(self.plan.images.size)
     }
 
     pub(super) fn status(&self) -> MirrorStatus {

@@ -124,7 +124,8 @@ impl Mirror {
                 // The images are not equal any more; who wanted them to be will want it again.
                 self.syncs.due.retain(|client| *client != Client::Own);
                 self.syncs.own = false;
-                self.fail(Side::Target, MirrorOperation::Flush, errno, 0);
+                // What a backup has saved and lost, nobody has any more.
+                self.fail(Side::Target, MirrorOperation::Flush, errno, 0, self.is_backup());
             }
         }
         for client in waiting {

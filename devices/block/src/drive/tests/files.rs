@@ -536,6 +536,11 @@ fn what_does_not_fit_is_refused_and_nothing_has_changed() {
         let error = refused(&mut rig, engine(&target, &faults, |_| {}), &options);
         assert_eq!(error.reason, AttachReason::Granularity { granularity });
     }
+    let vast = 600 << 30;
+    let mut large = Rig::new(&hole(vast));
+    let options = MirrorOptions { granularity: 512, ..MirrorOptions::default() };
+    let error = refused(&mut large, engine(&hole(vast), &faults, |_| {}), &options);
+    assert_eq!(error.reason, AttachReason::TooFine { granularity: 512, disk: vast as u64 });
     rig.source_faults.hold();
     rig.drive.queue_flush(1);
     rig.drive.submit().unwrap();
@@ -619,5 +624,69 @@ fn a_drive_may_be_dropped_at_any_moment() {
         rig.round(Instant::now(), &mut Vec::new());
         drop(rig);
         assert_eq!(bytes, [1; 512]);
+    }
+}
+
+#[test]
+fn a_backup_is_the_disk_as_it_was_when_it_began() {
+    for speed in [0, 1] {
+        let before = pattern(4 * MIB, 7);
+        let (source, target) = (image(&before), image(&vec![0xaa; 4 * MIB]));
+        let mut rig = Rig::new(&source);
+        let options = MirrorOptions { speed, ..MirrorOptions::default() };
+        rig.drive.attach_backup(engine(&target, &rig.target_faults, |_| {}), &options).unwrap();
+        rig.drive.pause().unwrap();
+        // A paused backup saves what the guest changes.
+        rig.write(MIB + 42, &pattern(100 * KIB, 9)).unwrap();
+        rig.guest(Operation::Discard { offset: 2 << 20, length: 1 << 20 }).unwrap();
+        rig.guest(Operation::WriteZeroes { offset: 512, length: 512, unmap: true }).unwrap();
+        let part = content(&target);
+        assert!(part[MIB..MIB + 128 * KIB] == before[MIB..MIB + 128 * KIB]);
+        assert!(part[2 * MIB..3 * MIB] == before[2 * MIB..3 * MIB]);
+        rig.drive.resume().unwrap();
+        rig.drive.set_speed(0).unwrap();
+        rig.until_event(MirrorEvent::Ready);
+        assert_eq!(rig.drive.finish(u64::MAX), Err(MirrorRefusal::Backup));
+        assert_eq!(rig.drive.set_mode(CopyMode::WriteBlocking), Err(MirrorRefusal::Backup));
+        rig.write(0, &[1; 4096]).unwrap();
+        assert_eq!(rig.status().remaining, 0);
+        drop(rig.abort());
+        assert!(content(&target) == before);
+        assert!(content(&source)[..4096] == [1; 4096]);
+    }
+}
+
+#[test]
+fn a_backup_of_changes_alone_saves_nothing_else() {
+    let before = pattern(4 * MIB, 7);
+    let (source, target) = (image(&before), hole(4 * MIB));
+    let mut rig = Rig::new(&source);
+    let options = MirrorOptions { sync: MirrorSync::None, ..MirrorOptions::default() };
+    rig.drive.attach_backup(engine(&target, &rig.target_faults, |_| {}), &options).unwrap();
+    for _ in 0..2 {
+        rig.write(MIB + 512, &[1; 512]).unwrap();
+    }
+    rig.round(Instant::now() + Duration::from_secs(1), &mut Vec::new());
+    drop(rig.abort());
+    let mut expected = vec![0; 4 * MIB];
+    expected[MIB..MIB + 64 * KIB].copy_from_slice(&before[MIB..MIB + 64 * KIB]);
+    assert!(content(&target) == expected);
+}
+
+#[test]
+fn a_backup_that_cannot_save_what_the_guest_changes_fails_and_the_guest_does_not() {
+    for policy in [OnError::Ignore, OnError::Stop] {
+        let (source, target) = (image(&pattern(MIB, 7)), hole(MIB));
+        let mut rig = Rig::new(&source);
+        let options =
+            MirrorOptions { sync: MirrorSync::None, on_target_error: policy, ..MirrorOptions::default() };
+        rig.drive.attach_backup(engine(&target, &rig.target_faults, |_| {}), &options).unwrap();
+        rig.target_faults.inject(CallKind::Write, Fault::Error(libc::ENOSPC), 1);
+        assert_eq!(rig.write(512, &[1; 512]), Ok(()));
+        let told = failed(Side::Target, MirrorOperation::Write, MirrorAction::Report);
+        assert!(rig.events.iter().any(told), "{:?}", rig.events);
+        assert_eq!(rig.write(MIB / 2, &[1; 512]), Ok(()));
+        assert_eq!(rig.target_faults.take_log(), [CallKind::Write]);
+        drop(rig.abort());
     }
 }

@@ -41,6 +41,11 @@ fn a_mirror_may_change_its_mode_at_any_moment() {
     all_are_good(Modes::Both);
 }
 
+#[test]
+fn a_backup_is_what_the_disk_was_in_the_beginning_whatever_happens() {
+    all_are_good(Modes::Backup);
+}
+
 /// The mistakes, and where they show.
 const BUGS: &[(Bug, Modes)] = &[
     (Bug::AttachWithoutDrain, Modes::Background),
@@ -69,6 +74,10 @@ const BUGS: &[(Bug, Modes)] = &[
     (Bug::NoBounce, Modes::WriteBlocking),
     (Bug::ZeroForEver, Modes::Background),
     (Bug::DiscardAsZeroes, Modes::WriteBlocking),
+    (Bug::WriteBeforeCopy, Modes::Backup),
+    (Bug::WriteDuringCopy, Modes::Backup),
+    (Bug::AttachWithoutDrain, Modes::Backup),
+    (Bug::TargetFailureNotMarked, Modes::Backup),
 ];
 
 #[test]

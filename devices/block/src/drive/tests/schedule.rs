@@ -10,7 +10,7 @@ use super::Random;
 use super::device::{Device, SECTOR, trace};
 use crate::disk::Disk;
 use crate::drive::Drive;
-use crate::drive::mirror::{Bug, Limits};
+use crate::drive::mirror::{Bug, Kind, Limits};
 use crate::drive::options::{
     CopyMode, MirrorAction, MirrorEvent, MirrorOperation, MirrorOptions, MirrorRefusal, MirrorSync, OnError,
 };
@@ -48,6 +48,8 @@ pub(super) enum Modes {
     WriteBlocking,
     /// Changes at any time.
     Both,
+    /// No mirror, but a backup.
+    Backup,
 }
 
 /// Tokens of the guest's: no numbers that a mirror would use.
@@ -82,6 +84,8 @@ struct Schedule {
     finishing: bool,
     quiesced: bool,
     guest_errors: u64,
+    /// The source when it was attached.
+    snapshot: Vec<u8>,
 }
 
 pub(super) fn run(seed: u64, modes: Modes, bug: Option<Bug>) -> Verdict {
@@ -123,18 +127,19 @@ pub(super) fn run(seed: u64, modes: Modes, bug: Option<Bug>) -> Verdict {
         finishing: false,
         quiesced: false,
         guest_errors: 0,
+        snapshot: Vec::new(),
     }
     .run(target_is_zero)
 }
 
-impl Schedule {
-    fn run(&mut self, target_is_zero: bool) -> Verdict {
-        let verdict = self.decide(target_is_zero);
-        // Engines wait for what is in flight when they are dropped.
+impl Drop for Schedule {
+    /// Engines wait for what is in flight when they are dropped.
+    fn drop(&mut self) {
         self.exhaust();
-        verdict
     }
+}
 
+impl Schedule {
     fn exhaust(&self) {
         while self.source.is_busy() || self.target.is_busy() {
             self.source.step();
@@ -142,7 +147,7 @@ impl Schedule {
         }
     }
 
-    fn decide(&mut self, target_is_zero: bool) -> Verdict {
+    fn run(&mut self, target_is_zero: bool) -> Verdict {
         let (mut step, source_fails) = (0, self.random.percent(40));
         let warm_up = self.random.below(60);
         (0..warm_up).for_each(|_| self.step(false));
@@ -209,7 +214,7 @@ impl Schedule {
         let policies = [OnError::Ignore, OnError::Ignore, OnError::Stop, OnError::Enospc];
         let options = MirrorOptions {
             mode: match self.modes {
-                Modes::Background => CopyMode::Background,
+                Modes::Background | Modes::Backup => CopyMode::Background,
                 Modes::WriteBlocking => CopyMode::WriteBlocking,
                 Modes::Both => random.among(&[CopyMode::Background, CopyMode::WriteBlocking]),
             },
@@ -229,13 +234,18 @@ impl Schedule {
         };
         let disk = Disk::imagined(size, random.percent(20), direct);
         let target = Engine::with_backend(disk, EngineKind::Threads, self.target.backend(), depth);
+        let kind = match self.modes {
+            Modes::Backup => Kind::Backup { background: true },
+            _ => Kind::Mirror,
+        };
         if undrained {
-            self.drive.install(target, &options, limits);
+            self.drive.install(kind, target, &options, limits);
         } else {
-            self.drive.attach(target, &options, limits).unwrap();
+            self.drive.attach(kind, target, &options, limits).unwrap();
         }
         self.drive.mirror.as_mut().unwrap().core.bug = self.bug;
         self.gate = false;
+        self.snapshot = self.source.image();
         true
     }
 
@@ -279,7 +289,9 @@ impl Schedule {
                     self.gate = self.random.percent(50);
                     self.drive.reopen().unwrap();
                 }
-                MirrorEvent::Ready | MirrorEvent::Error { .. } => {}
+                // A backup is complete.
+                MirrorEvent::Ready => self.quiesced |= self.modes == Modes::Backup,
+                MirrorEvent::Error { .. } => {}
             }
         }
     }
@@ -355,6 +367,9 @@ impl Schedule {
 
     /// Holds the guest, and then asks for the end.
     fn finish(&mut self) {
+        if self.modes == Modes::Backup {
+            return self.drive.resume().unwrap();
+        }
         self.gate = true;
         let idle = self.drive.in_flight() == 0 && self.requests.is_empty();
         if self.finishing || (!idle && self.bug != Some(Bug::FinishWithoutDrain)) {
@@ -374,15 +389,17 @@ impl Schedule {
         // With nothing of the guest's in flight, nothing is: this changes nothing, unless a drain is forgotten.
         self.exhaust();
         let target = self.target.image();
-        if self.source.image() != target {
-            let source = self.source.image();
-            let sectors = source.chunks(SECTOR).zip(target.chunks(SECTOR)).enumerate();
+        let wanted = if self.modes == Modes::Backup { self.snapshot.clone() } else { self.source.image() };
+        if wanted != target {
+            let sectors = wanted.chunks(SECTOR).zip(target.chunks(SECTOR)).enumerate();
             for (sector, (source, target)) in sectors.filter(|(_, (source, target))| source != target) {
                 trace(|| format!("sector {sector}: {:x?} {:x?}", &source[..8], &target[..8]));
             }
             Verdict::Diverged
         } else if self.target.durable() != target {
             Verdict::NotDurable
+        } else if self.modes == Modes::Backup {
+            Verdict::Kept
         } else if self.bug.is_none() && !self.drive.mirror.as_ref().unwrap().core.is_clean() {
             Verdict::Leftover
         } else if self.random_bit() {
