@@ -7,24 +7,29 @@
 //!   direct ──────────────────── org.tarn.direct ───────┘ killed and started again by the test
 //!
 //!   control ─────────────────── org.tarn.control ──────── init's agent: obeys while the other is frozen or dead
+//!   strike ──────────────────── org.tarn.strike ───────── at once, for tests that have to hit a moment
 //! ```
 
 use std::fs;
-use std::path::PathBuf;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use coordinator::{Error, GuestSession, Map, SessionError};
 use serde_json::{Value, json};
 
-use crate::harness::{Lab, Vm, eventually, limit, run, shell};
+use crate::harness::{Lab, Vm, connect, eventually, limit, run, shell};
 
 /// The ports, by name.
 const STANDARD: &str = "org.qemu.guest_agent.0";
-const DIRECT: &str = "org.tarn.direct";
+pub const DIRECT: &str = "org.tarn.direct";
 const CONTROL: &str = "org.tarn.control";
+const STRIKE: &str = "org.tarn.strike";
 
-/// Keeps the agent under test running, as a service manager would; with a pause between two lives if there is a file
-/// that says how long.
+/// Keeps the agent under test running, as a service manager would, and notes how each one ended; waits before the next
+/// one while there is a file that says so.
 const SERVE: &str = "\
 #!/bin/sh
 echo $$ >/run/serve.pid
@@ -32,7 +37,8 @@ while :; do
     tarn-agent -t /run/agent -l /run/agent/log \"$@\" &
     echo $! >/run/agent.pid
     wait $!
-    [ ! -e /run/agent.pause ] || sleep \"$(cat /run/agent.pause)\"
+    echo $? >>/run/agent.ended
+    while [ -e /run/agent.hold ]; do usleep 20000; done
 done
 ";
 
@@ -50,6 +56,7 @@ pub struct Guest<'a> {
     pub vm: Vm<'a>,
     control: GuestSession,
     direct: PathBuf,
+    strike: PathBuf,
     port: Port,
 }
 
@@ -57,12 +64,12 @@ impl<'a> Guest<'a> {
     /// Boots it with these disks; no agent under test runs yet.
     pub fn boot(lab: &'a Lab, name: &'static str, disks: &[PathBuf], more: &[&str]) -> Self {
         let socket = |kind: &str| lab.path(&format!("{name}-{kind}.sock"));
-        let (direct, control) = (socket("direct"), socket("control"));
+        let (direct, control, strike) = (socket("direct"), socket("control"), socket("strike"));
         let disks: Vec<_> = disks.iter().map(|disk| disk.to_str().unwrap()).collect();
-        let channels = [(DIRECT, &direct), (CONTROL, &control)]
+        let channels = [(DIRECT, &direct), (CONTROL, &control), (STRIKE, &strike)]
             .map(|(name, socket)| format!("name={name},socket={}", socket.display()));
         let agent = format!("tarn.agent=/usr/sbin/tarn-agent,-p,/dev/virtio-ports/{CONTROL}");
-        let mut args = vec!["--append", &agent, "--cpus", "2"];
+        let mut args = vec!["--append", &agent];
         channels.iter().for_each(|channel| args.extend(["--channel", channel]));
         disks.iter().for_each(|disk| args.extend(["--disk", disk]));
         args.extend(more);
@@ -72,7 +79,7 @@ impl<'a> Guest<'a> {
         if let Err(error) = control.wait_for_agent(limit()) {
             panic!("No control agent in {name}: {error}\n{}\n{}", vm.log(), vm.console());
         }
-        let mut guest = Self { vm, control, direct, port: Port::Standard };
+        let mut guest = Self { vm, control, direct, strike, port: Port::Standard };
         guest.sh(&format!("cat >/run/serve <<'END'\n{SERVE}END\nchmod +x /run/serve"));
         guest
     }
@@ -92,14 +99,22 @@ impl<'a> Guest<'a> {
     /// Starts the agent under test, in place of the one before, with an empty state directory; waits until it answers.
     pub fn start_agent(&mut self, port: Port, options: &str) -> GuestSession {
         self.stop_agent();
-        self.port = port;
-        let name = if port == Port::Direct { DIRECT } else { STANDARD };
-        self.sh("rm -rf /run/agent /run/agent.pause && mkdir /run/agent");
-        self.launch_agent(&format!("-p /dev/virtio-ports/{name} {options}"));
+        self.sh("rm -rf /run/agent /run/agent.ended && mkdir /run/agent");
+        self.launch_agent(port, options);
         self.client()
     }
 
-    fn launch_agent(&mut self, options: &str) {
+    /// Starts another agent on the state that the last one left.
+    pub fn start_agent_again(&mut self, port: Port, options: &str) -> GuestSession {
+        self.stop_agent();
+        self.launch_agent(port, options);
+        self.client()
+    }
+
+    fn launch_agent(&mut self, port: Port, options: &str) {
+        self.port = port;
+        let name = if port == Port::Direct { DIRECT } else { STANDARD };
+        let options = format!("-p /dev/virtio-ports/{name} {options}");
         self.sh(&format!("setsid /run/serve {options} </dev/null >>/run/agent.out 2>&1 &"));
     }
 
@@ -118,6 +133,21 @@ impl<'a> Guest<'a> {
             panic!("No agent under test: {error}\n{}", self.sh("cat /run/agent.out /run/agent/log"));
         }
         session
+    }
+
+    /// What kills the agent under test.
+    pub fn assassin(&mut self) -> Assassin {
+        let socket = connect(&self.strike);
+        self.sh(&format!(
+            "(while read -r delay <&3; do [ $delay = 0 ] || usleep $delay; read -r agent </run/agent.pid; kill -9 $agent; \
+             echo >&3; done 3<>/dev/virtio-ports/{STRIKE}) >/dev/null 2>&1 </dev/null &"
+        ));
+        Assassin(socket)
+    }
+
+    /// A client of the direct port that speaks as it likes.
+    pub fn wire(&self) -> Wire {
+        Wire::connect(&self.direct)
     }
 
     /// Starts a process for each file that writes to it; see [`Self::writers`].
@@ -154,7 +184,7 @@ impl<'a> Guest<'a> {
                 break;
             }
             assert!(round < 200, "writers to {files:?} are {last:?}, not {expected:?}");
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(20));
         }
         assert_eq!(last, expected);
     }
@@ -166,7 +196,16 @@ impl<'a> Guest<'a> {
         });
     }
 
-    /// A file of the agent under test is there.
+    /// Processor time that the agent under test and its children have taken so far, in hundredths of a second.
+    pub fn cpu_ticks(&mut self) -> u64 {
+        let ticks = self.sh(
+            "agent=$(cat /run/agent.pid); for p in /proc/[0-9]*; do read -r pid _ _ parent _ _ _ _ _ _ _ _ _ user system _ <$p/stat && \
+             { [ $pid = $agent ] || [ $parent = $agent ]; } && echo $((user + system)); done 2>/dev/null; true",
+        );
+        ticks.lines().map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+    }
+
+    /// Whether a file is there.
     pub fn has(&mut self, path: &str) -> bool {
         self.try_sh(&format!("[ -e {path} ]")).0 == 0
     }
@@ -174,15 +213,61 @@ impl<'a> Guest<'a> {
     /// Ends the guest; its disks are whole.
     pub fn power_off(mut self) {
         self.control
-            .execute_without_reply("guest-shutdown", None, std::time::Duration::from_secs(2))
+            .execute_without_reply("guest-shutdown", None, Duration::from_secs(2))
             .expect("guest-shutdown");
         assert!(self.vm.wait().success());
     }
 }
 
+/// Waits in the guest, on a port of its own.
+pub struct Assassin(UnixStream);
+
+impl Assassin {
+    /// Kills the agent so much later.
+    pub fn strike(&mut self, delay: Duration) {
+        writeln!(self.0, "{}", delay.as_micros()).unwrap();
+    }
+
+    /// Waits until it is done.
+    pub fn await_death(&mut self) {
+        self.0.read_exact(&mut [0]).unwrap();
+    }
+}
+
+/// The direct port, byte for byte.
+pub struct Wire {
+    socket: UnixStream,
+    lines: BufReader<UnixStream>,
+}
+
+impl Wire {
+    pub fn connect(path: &Path) -> Self {
+        let socket = connect(path);
+        let lines = BufReader::new(socket.try_clone().unwrap());
+        Self { socket, lines }
+    }
+
+    pub fn send(&mut self, request: &Value) {
+        self.socket.write_all(format!("{request}\n").as_bytes()).unwrap();
+    }
+
+    /// The next line, as it came.
+    pub fn line(&mut self) -> String {
+        let mut line = Vec::new();
+        self.lines.read_until(b'\n', &mut line).unwrap();
+        assert_eq!(line.last(), Some(&b'\n'), "the connection ended");
+        String::from_utf8_lossy(&line).into_owned()
+    }
+
+    pub fn reply(&mut self) -> Value {
+        serde_json::from_str(&self.line()).unwrap()
+    }
+}
+
 /// Asks for something that must be granted.
 pub fn ask(session: &mut GuestSession, command: &str, arguments: &Value) -> Value {
-    try_ask(session, command, arguments).unwrap_or_else(|error| panic!("{command} {arguments}: {error}"))
+    let answer = try_ask(session, command, arguments);
+    answer.unwrap_or_else(|error| panic!("{command} {arguments}: {error}: {:?}", error.refusal()))
 }
 
 /// Asks for something that must be refused; returns the error's class and text.
@@ -200,12 +285,20 @@ pub fn freeze(session: &mut GuestSession) -> Value {
     ask(session, "guest-fsfreeze-freeze", &Value::Null)
 }
 
+pub fn freeze_list(session: &mut GuestSession, mountpoints: &[&str]) -> Value {
+    ask(session, "guest-fsfreeze-freeze-list", &json!({"mountpoints": mountpoints}))
+}
+
 pub fn thaw(session: &mut GuestSession) -> Value {
     ask(session, "guest-fsfreeze-thaw", &Value::Null)
 }
 
 pub fn status(session: &mut GuestSession) -> Value {
     ask(session, "guest-fsfreeze-status", &Value::Null)
+}
+
+pub fn report(session: &mut GuestSession) -> Value {
+    ask(session, "tarn-fsfreeze-report", &Value::Null)
 }
 
 /// The disks of the recorded dialogues, vda to vdf: ext4 (with an image of another ext4, and places for an overlay), xfs,
@@ -270,10 +363,11 @@ fn every_filesystem_freezes_and_thaws_with_the_reference_agents_counts() {
     let mut guest = Guest::boot(&lab, "matrix", &every_filesystem(&lab), &[]);
     guest.sh(MOUNT_ALL);
     install(&mut guest, "/run/hook", HOOK);
-    let mut agent = guest.start_agent(Port::Standard, "");
+    let mut agent = guest.start_agent(Port::Standard, "-F/run/hook");
 
     the_recorded_dialogue_is_spoken(&mut guest, &mut agent);
     writers_wait_and_readers_do_not(&mut guest, &mut agent);
+    lists_are_lists_of_filesystems(&mut guest, &mut agent);
     what_others_froze_is_not_counted_but_thawed(&mut guest, &mut agent);
     guest.power_off();
 }
@@ -281,10 +375,17 @@ fn every_filesystem_freezes_and_thaws_with_the_reference_agents_counts() {
 fn the_recorded_dialogue_is_spoken(guest: &mut Guest<'_>, agent: &mut GuestSession) {
     assert_eq!(status(agent), "thawed");
     assert_eq!(thaw(agent), 0, "nothing was frozen");
+    assert_eq!(guest.sh("cat /run/hook.log"), "thaw");
     assert_eq!(freeze(agent), 5);
     assert_eq!(status(agent), "frozen");
     assert!(guest.has("/run/agent/qga.state.isfrozen"));
-    for command in ["guest-fsfreeze-freeze", "guest-exec"] {
+    for command in [
+        "guest-fsfreeze-freeze",
+        "guest-fsfreeze-freeze-list",
+        "guest-get-fsinfo",
+        "guest-exec",
+        "guest-get-time",
+    ] {
         let text = format!("Command {command} has been disabled: the command is not allowed");
         assert_eq!(refusal(agent, command, &json!({})), ("CommandNotFound".into(), text));
     }
@@ -295,6 +396,7 @@ fn the_recorded_dialogue_is_spoken(guest: &mut Guest<'_>, agent: &mut GuestSessi
     assert_eq!(thaw(agent), 0);
     assert_eq!(status(agent), "thawed");
     assert!(!guest.has("/run/agent/qga.state.isfrozen"));
+    assert_eq!(guest.sh("cat /run/hook.log"), "thaw\nfreeze\nthaw\nthaw");
 }
 
 fn writers_wait_and_readers_do_not(guest: &mut Guest<'_>, agent: &mut GuestSession) {
@@ -312,6 +414,24 @@ fn writers_wait_and_readers_do_not(guest: &mut Guest<'_>, agent: &mut GuestSessi
     assert_eq!(thaw(agent), 5);
     guest.expect_released(FROZEN.len() + WRITABLE.len());
     assert_eq!(guest.sh("cat /a/t /a/lm/t /x/t /x/u /b/t /b/u /a/u/t | sort | uniq -c | tr -s ' '"), "7 x");
+}
+
+fn lists_are_lists_of_filesystems(guest: &mut Guest<'_>, agent: &mut GuestSession) {
+    assert_eq!(freeze_list(agent, &["/x", "/nope"]), 1);
+    guest.expect_blocked(&["/x/v", "/bx/v"], &["/a/v", "/a/lm/v", "/b/v", "/ov/v", "/v/v"]);
+    assert_eq!(thaw(agent), 1);
+    guest.expect_released(7);
+    for nothing in [&["/nope"][..], &["/v"], &["/sq"], &["/ov"], &[]] {
+        assert_eq!(freeze_list(agent, nothing), 0, "{nothing:?}");
+        assert_eq!(status(agent), "thawed");
+    }
+    assert_eq!(ask(agent, "guest-fsfreeze-freeze-list", &json!({})), 5);
+    assert_eq!(thaw(agent), 5);
+    let wrong = refusal(agent, "guest-fsfreeze-freeze-list", &json!({"mountpoints": "/x"}));
+    assert_eq!(wrong.1, "Invalid parameter type for 'mountpoints', expected: array");
+    let wrong = refusal(agent, "guest-fsfreeze-freeze", &json!({"mountpoints": ["/x"]}));
+    assert_eq!(wrong.1, "Parameter 'mountpoints' is unexpected");
+    assert_eq!(status(agent), "thawed");
 }
 
 /// EBUSY is no failure: somebody else holds that filesystem still. The thaw is for everybody.
