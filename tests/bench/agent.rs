@@ -4,6 +4,9 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use coordinator::GuestSession;
+use coordinator::recipes::{ExecRequest, Output, Stream, exec};
+
 use crate::contender::{LIMIT, Running};
 
 const PING: &[u8] = b"{\"execute\":\"guest-ping\"}\n";
@@ -62,5 +65,25 @@ impl Agent {
             return Ok(());
         }
         Err(std::io::Error::other(format!("the agent answers {answer}")))
+    }
+}
+
+/// Standard output of a script that must succeed.
+pub fn guest_output(session: &mut GuestSession, script: &str, time: Duration) -> Result<String, String> {
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    let request = ExecRequest { timeout: Some(LIMIT / 2 + 2 * time), ..ExecRequest::shell(script) };
+    let status = exec(session, &request, &mut |output| {
+        match output {
+            Output::Bytes(Stream::Stdout, bytes) => stdout.extend_from_slice(bytes),
+            Output::Bytes(Stream::Stderr, bytes) => stderr.extend_from_slice(bytes),
+            Output::Truncated(_) => {}
+        }
+        Ok(())
+    })
+    .map_err(|error| error.to_string())?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    match status.code() {
+        0 => Ok(text(&stdout)),
+        code => Err(format!("exit status {code}\n{}\n{}", text(&stdout), text(&stderr))),
     }
 }

@@ -3,10 +3,9 @@
 use std::time::Duration;
 
 use coordinator::GuestSession;
-use coordinator::recipes::{ExecRequest, Output, Stream, exec};
 use serde_json::Value;
 
-use crate::contender::LIMIT;
+use crate::agent::guest_output;
 
 /// Where the tools are mounted, and the kernel parameter that does it.
 pub const MOUNT: &str = "tarn.mount=serial:tools:/mnt:ext4:ro";
@@ -40,7 +39,8 @@ pub fn run(
     time: Duration,
 ) -> Result<Vec<(&'static str, Job, f64)>, String> {
     let runs: Vec<_> = disks.iter().flat_map(|disk| JOBS.map(|job| (*disk, job))).collect();
-    let report = guest_output(session, &script(&runs, time), time * u32::try_from(runs.len()).unwrap())?;
+    let report = guest_output(session, &script(&runs, time), time * u32::try_from(runs.len()).unwrap())
+        .map_err(|error| format!("fio: {error}"))?;
     // Warnings come before it.
     let report: Value = serde_json::from_str(&report[report.find('{').unwrap_or(0)..])
         .unwrap_or_else(|error| panic!("fio: {error}:\n{report}"));
@@ -69,24 +69,4 @@ fn script(runs: &[(&str, Job)], time: Duration) -> String {
         );
     }
     script
-}
-
-/// Standard output of a script that must succeed.
-fn guest_output(session: &mut GuestSession, script: &str, time: Duration) -> Result<String, String> {
-    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-    let request = ExecRequest { timeout: Some(LIMIT / 2 + 2 * time), ..ExecRequest::shell(script) };
-    let status = exec(session, &request, &mut |output| {
-        match output {
-            Output::Bytes(Stream::Stdout, bytes) => stdout.extend_from_slice(bytes),
-            Output::Bytes(Stream::Stderr, bytes) => stderr.extend_from_slice(bytes),
-            Output::Truncated(_) => {}
-        }
-        Ok(())
-    })
-    .map_err(|error| format!("fio: {error}"))?;
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    match status.code() {
-        0 => Ok(text(&stdout)),
-        code => Err(format!("fio: exit status {code}\n{}\n{}", text(&stdout), text(&stderr))),
-    }
 }

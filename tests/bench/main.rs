@@ -5,6 +5,7 @@
 //!                                                   │ round 0 is thrown away, 1…N count; in each, both sides in turn
 //!                                                   ├─ start:  payload, kernel   ── process start to first serial byte
 //!                                                   ├─ agent:  boot, ping        ── agent.sock or virtserialport
+//!                                                   ├─ freeze: both agents       ── calls, and what they take in the guest
 //!                                                   ├─ memory: smaps less RAM    ── payload and booted guest
 //!                                                   └─ disk:   fio in the guest  ── two images, cached and direct
 //!                                                        │
@@ -25,6 +26,7 @@ mod contender;
 mod facts;
 mod figures;
 mod fio;
+mod freeze;
 mod memory;
 mod rounds;
 
@@ -46,6 +48,8 @@ enum Group {
     Kernel,
     /// The whole guest image: time to the agent's first answer, memory of the VMM, ping.
     Agent,
+    /// Freezing and thawing, and what the agents take in the guest.
+    Freeze,
     /// Disk I/O.
     Disk,
 }
@@ -57,7 +61,7 @@ struct Args {
     /// One short round: shows that everything works
     #[arg(long)]
     quick: bool,
-    /// Rounds that count, behind one that does not [default: 10 for payload and kernel, 5 for agent, 3 for disk]
+    /// Rounds that count, behind one that does not [default: 10 for payload and kernel, 5 for agent, 3 for freeze and disk]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     rounds: Option<u32>,
     /// Measure this only; may be repeated
@@ -112,6 +116,9 @@ fn main() -> ExitCode {
     }
     if args.measures(Group::Agent) {
         figures.append(rounds.agent(args.rounds(5)));
+    }
+    if args.measures(Group::Freeze) {
+        figures.append(rounds.freeze(args.rounds(3)));
     }
     if args.measures(Group::Disk) {
         figures.append(rounds.disk(args.rounds(3)));

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use coordinator::GuestSession;
@@ -12,13 +13,15 @@ use crate::contender::{DiskImage, Guest, Host, MEMORY_MIB, Running, Vmm};
 use crate::figures::Better::{Higher, Lower};
 use crate::figures::{Figures, Side};
 use crate::payload::{Then, pvh_elf};
-use crate::{Args, fio, memory};
+use crate::{Args, fio, freeze, memory};
 
 /// What `tarn run` says by itself to a kernel without a serial port.
 const CMDLINE: &str = "console=hvc0 8250.nr_uarts=0 quiet loglevel=3 reboot=k panic=-1 pci=off i8042.noaux i8042.nomux \
                        i8042.nopnp i8042.dumbkbd cryptomgr.notests random.trust_cpu=on tsc=reliable no_timer_check";
 const EARLY_CMDLINE: &str = "earlyprintk=serial,ttyS0,115200 console=ttyS0 panic=-1 pci=off";
 const PINGS: u32 = 1000;
+const FREEZES: usize = 30;
+const MOUNT_DISKS: &str = "tarn.mount=serial:one:/one:ext4 tarn.mount=serial:two:/two:ext4";
 /// Runs until one succeeds.
 const ATTEMPTS: u32 = 3;
 const DISK_SIZE: u64 = 256 << 20;
@@ -89,14 +92,7 @@ impl<'a> Rounds<'a> {
     /// The whole guest, as far as its agent; the same on both sides, and QEMU with its own.
     pub fn agent(&self, rounds: u32) -> Figures {
         let ours = self.booting(self.initrd(), CMDLINE);
-        let theirs = self.args.qemu_ga.as_ref().map(|overlay| {
-            let both = self.dir.join("qemu-ga.cpio");
-            let mut file = File::create(&both).unwrap();
-            for part in [&self.initrd(), overlay] {
-                io::copy(&mut File::open(part).unwrap(), &mut file).unwrap();
-            }
-            self.booting(both, &format!("{CMDLINE} tarn.agent=/usr/sbin/qemu-ga,-t,/run"))
-        });
+        let theirs = self.booting_qemu_ga(CMDLINE);
         let measure = |side: Side, guest: &Guest, figures: &mut Figures| -> Result<(), String> {
             let mut vm = self.host().start(vmm(side), guest);
             let mut agent = Agent::wait(&mut vm)?;
@@ -114,6 +110,44 @@ impl<'a> Rounds<'a> {
         each_round("agent", rounds, &sides, |side, figures| match (side, &theirs) {
             (Side::QemuGa, Some(theirs)) => measure(side, theirs, figures),
             _ => measure(side, &ours, figures),
+        })
+    }
+
+    /// The same guest with Debian's agent in it.
+    fn booting_qemu_ga(&self, cmdline: &str) -> Option<Guest> {
+        let overlay = self.args.qemu_ga.as_ref()?;
+        let both = self.dir.join("qemu-ga.cpio");
+        let mut file = File::create(&both).unwrap();
+        for part in [&self.initrd(), overlay] {
+            io::copy(&mut File::open(part).unwrap(), &mut file).unwrap();
+        }
+        Some(self.booting(both, &format!("{cmdline} tarn.agent=/usr/sbin/qemu-ga,-t,/run")))
+    }
+
+    /// Two filesystems frozen and thawed by either agent, and what the agents themselves take in the guest.
+    pub fn freeze(&self, rounds: u32) -> Figures {
+        let disks: Vec<_> = ["one", "two"]
+            .map(|serial| {
+                let path = self.dir.join(format!("{serial}.ext4"));
+                File::create(&path).unwrap().set_len(DISK_SIZE).unwrap();
+                let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&path).status();
+                assert!(made.is_ok_and(|status| status.success()), "mkfs.ext4");
+                DiskImage { path, serial, direct: false, read_only: false }
+            })
+            .into();
+        let cmdline = format!("{CMDLINE} {MOUNT_DISKS}");
+        let with_disks = |guest: Guest| Guest { disks: disks.clone(), ..guest };
+        let ours = with_disks(self.booting(self.initrd(), &cmdline));
+        let theirs = self.booting_qemu_ga(&cmdline).map(with_disks);
+        let count = if self.args.quick { 3 } else { FREEZES };
+        let mut sides = vec![Side::Tarn, Side::Qemu];
+        sides.extend(theirs.is_some().then_some(Side::QemuGa));
+        each_round("freeze", rounds, &sides, |side, figures| {
+            let guest = if side == Side::QemuGa { theirs.as_ref().unwrap_or(&ours) } else { &ours };
+            let mut vm = self.host().start(vmm(side), guest);
+            drop(Agent::wait(&mut vm)?);
+            let mut session = GuestSession::connect(&vm.agent_socket).map_err(|error| error.to_string())?;
+            freeze::rounds(&mut session, count, side, figures)
         })
     }
 
