@@ -25,6 +25,7 @@ mod freeze_endurance;
 mod freeze_faults;
 mod guest_commands;
 mod harness;
+mod jobs;
 mod monitor;
 mod ports;
 mod stock_qemu;
