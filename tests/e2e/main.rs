@@ -19,6 +19,7 @@ mod cli;
 mod clients;
 mod console;
 mod disks;
+mod filters;
 mod freeze;
 mod freeze_crash;
 mod freeze_endurance;

@@ -1,6 +1,7 @@
 //! What a VM is, as plain data. Flags and `--config vm.json` give the same [`VmSpec`]; validation
 //! here opens no file and touches no device.
 
+mod filters;
 mod flags;
 mod size;
 mod validate;
@@ -11,6 +12,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+pub use filters::{FaultError, FaultFlag, FaultOp, FaultSpec, LIMITS, ThrottleSpec};
 pub use flags::{MountFlag, guest_device};
 pub use size::{format_size, parse_size};
 pub use validate::{
@@ -173,6 +175,12 @@ pub struct DiskSpec {
     /// What a failed write, flush or discard does.
     #[serde(default = "enospc")]
     pub werror: ErrorPolicy,
+    /// What it may do per second, by QEMU's names: `{"bps": 1048576}`.
+    #[serde(default, skip_serializing_if = "ThrottleSpec::is_unlimited")]
+    pub throttle: ThrottleSpec,
+    /// What is to go wrong with it, for tests.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub faults: Vec<FaultSpec>,
 }
 
 fn yes() -> bool {

@@ -2,6 +2,30 @@
 
 use std::fmt;
 use std::io;
+use std::str::FromStr;
+
+/// Errors that disks have, by name.
+const SYMBOLS: [(&str, i32); 19] = [
+    ("EIO", libc::EIO),
+    ("ENOSPC", libc::ENOSPC),
+    ("EDQUOT", libc::EDQUOT),
+    ("EAGAIN", libc::EAGAIN),
+    ("EBUSY", libc::EBUSY),
+    ("EACCES", libc::EACCES),
+    ("EPERM", libc::EPERM),
+    ("EROFS", libc::EROFS),
+    ("EFBIG", libc::EFBIG),
+    ("EINVAL", libc::EINVAL),
+    ("ENOMEM", libc::ENOMEM),
+    ("ENODEV", libc::ENODEV),
+    ("ENXIO", libc::ENXIO),
+    ("ENODATA", libc::ENODATA),
+    ("EOPNOTSUPP", libc::EOPNOTSUPP),
+    ("ENOTCONN", libc::ENOTCONN),
+    ("ESTALE", libc::ESTALE),
+    ("ETIMEDOUT", libc::ETIMEDOUT),
+    ("EREMOTEIO", libc::EREMOTEIO),
+];
 
 /// An `errno` value, always positive. Small enough to keep beside every request, and what error
 /// policies decide on.
@@ -19,6 +43,12 @@ impl Errno {
         self.0
     }
 
+    /// Its name where it has one, as in `EIO`, else the number; [`Errno::from_str`] reads both.
+    pub fn symbol(self) -> String {
+        let known = SYMBOLS.iter().find(|(_, number)| *number == self.0);
+        known.map_or_else(|| self.0.to_string(), |(name, _)| (*name).to_owned())
+    }
+
     /// There is no room left, on the device or in the quota: waiting for an administrator may help.
     pub fn is_no_space(self) -> bool {
         matches!(self.0, libc::ENOSPC | libc::EDQUOT)
@@ -29,6 +59,24 @@ impl Errno {
         matches!(self.0, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::ENODEV)
     }
 }
+
+impl FromStr for Errno {
+    type Err = UnknownErrno;
+
+    /// A name, or a number from 1 to 4095.
+    fn from_str(text: &str) -> Result<Self, UnknownErrno> {
+        let number = match SYMBOLS.iter().find(|(name, _)| *name == text) {
+            Some((_, number)) => Some(*number),
+            None => text.parse().ok().filter(|number| (1..4096).contains(number)),
+        };
+        number.map(Self).ok_or(UnknownErrno)
+    }
+}
+
+/// No error number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("Unknown error number")]
+pub struct UnknownErrno;
 
 impl From<io::Error> for Errno {
     fn from(error: io::Error) -> Self {
@@ -65,6 +113,18 @@ mod tests {
         assert!(Errno::new(libc::ENOSPC).is_no_space());
         assert!(Errno::new(libc::EDQUOT).is_no_space());
         assert!(!Errno::new(libc::EIO).is_no_space());
+    }
+
+    #[test]
+    fn names_and_numbers_are_read_back() {
+        for (name, number) in SYMBOLS {
+            assert_eq!(name.parse(), Ok(Errno::new(number)));
+            assert_eq!(Errno::new(number).symbol(), name);
+        }
+        assert_eq!("4095".parse::<Errno>().map(Errno::symbol), Ok("4095".into()));
+        for wrong in ["", "0", "-5", "4096", "eio", "EIEIO"] {
+            assert_eq!(wrong.parse::<Errno>(), Err(UnknownErrno), "{wrong}");
+        }
     }
 
     #[test]

@@ -59,7 +59,7 @@ pub use engine::filter::Filters;
 pub use engine::filter::fault::{FaultOperation, FaultRule, FaultStatus, MAX_DELAY, MAX_RULES, RuleError};
 pub use engine::filter::throttle::{LimitsError, MAX_RATE, Rate, Rates, ThrottleLimits};
 pub use engine::{Buffer, CallKind, Completion, Engine, EngineKind, EngineOptions, Extent, Operation};
-pub use errno::Errno;
+pub use errno::{Errno, UnknownErrno};
 pub use error::{Holder, OpenError, ResizeError};
 pub use geometry::Geometry;
 pub use options::{Cache, DiskOptions, Format, Source};

@@ -27,6 +27,8 @@ impl DiskSpec {
             engine: super::IoEngine::default(),
             rerror: super::ErrorPolicy::Report,
             werror: super::ErrorPolicy::Enospc,
+            throttle: super::ThrottleSpec::default(),
+            faults: Vec::new(),
         }
     }
 }
@@ -35,7 +37,7 @@ impl FromStr for DiskSpec {
     type Err = String;
 
     /// `PATH` or `path=PATH`, then any of `id=`, `format=raw`, `ro[=on|off]`, `direct[=on|off]`, `cache=`, `discard=`,
-    /// `queues=`, `serial=`, `engine=`, `rerror=`, `werror=`.
+    /// `queues=`, `serial=`, `engine=`, `rerror=`, `werror=`, and limits by their names in [`super::LIMITS`].
     fn from_str(text: &str) -> Result<Self, String> {
         let mut disk = Self::new("");
         for (index, (key, value)) in items(text).into_iter().enumerate() {
@@ -61,10 +63,14 @@ impl FromStr for DiskSpec {
                 ) => {
                     return Err(format!("{key} needs a value, as in {key}=…"));
                 }
+                (_, Some(value)) if disk.throttle.knows(&key) => disk.throttle.set(&key, &value)?,
+                (_, None) if disk.throttle.knows(&key) => {
+                    return Err(format!("{key} needs a value, as in {key}=…"));
+                }
                 _ => {
                     return Err(format!(
                         "{key:?} is none of path, id, format, ro, direct, cache, discard, queues, serial, engine, \
-                         rerror, werror (a comma in a path is written twice)"
+                         rerror, werror, bps, iops and their kind (a comma in a path is written twice)"
                     ));
                 }
             }
@@ -165,7 +171,7 @@ pub fn guest_device(index: usize) -> String {
 }
 
 /// Splits at single commas, then each item at its first `=`.
-fn items(text: &str) -> Vec<(String, Option<String>)> {
+pub(super) fn items(text: &str) -> Vec<(String, Option<String>)> {
     let (mut parts, mut part) = (Vec::new(), String::new());
     let mut chars = text.chars().peekable();
     while let Some(c) = chars.next() {
@@ -193,7 +199,7 @@ fn switch(key: &str, value: Option<&str>) -> Result<bool, String> {
     }
 }
 
-fn choice<T: ValueEnum>(key: &str, value: &str) -> Result<T, String> {
+pub(super) fn choice<T: ValueEnum>(key: &str, value: &str) -> Result<T, String> {
     T::from_str(value, false).map_err(|_| {
         let known: Vec<_> = T::value_variants()
             .iter()

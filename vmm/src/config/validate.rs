@@ -100,6 +100,22 @@ pub enum ConfigError {
         /// As given.
         serial: String,
     },
+    /// Limits.
+    #[error("Disk {id} cannot have these limits")]
+    DiskLimits {
+        /// The disk.
+        id: String,
+        /// Why.
+        source: block::LimitsError,
+    },
+    /// A fault.
+    #[error("Disk {id} cannot have this fault")]
+    DiskFault {
+        /// The disk.
+        id: String,
+        /// Why.
+        source: super::FaultError,
+    },
     /// A channel's name.
     #[error("Channel name {name:?} is not 1 to 63 printable ASCII characters without slash or blank")]
     ChannelName {
@@ -183,6 +199,15 @@ impl VmSpec {
             }
             if !(1..=MAX_DISK_QUEUES).contains(&disk.queues) {
                 return Err(ConfigError::DiskQueues { id, queues: disk.queues });
+            }
+            if let Err(source) = disk.throttle.0.validate() {
+                return Err(ConfigError::DiskLimits { id, source });
+            }
+            if disk.faults.len() > block::MAX_RULES {
+                return Err(ConfigError::DiskFault { id, source: block::RuleError::TooMany.into() });
+            }
+            if let Some(source) = disk.faults.iter().find_map(|fault| fault.rule().err()) {
+                return Err(ConfigError::DiskFault { id, source });
             }
             if let Some(serial) = &disk.serial {
                 let printable = serial.bytes().all(|b| b.is_ascii_graphic() || b == b' ');

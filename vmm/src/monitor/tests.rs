@@ -20,6 +20,7 @@ use crate::jobs::testing::FakeDisks;
 use crate::jobs::{Disks, Jobs};
 use crate::run_state::RunState;
 
+mod filters;
 mod jobs;
 
 /// A VM that does what it is told at once.
@@ -29,6 +30,7 @@ struct FakeVm {
     requests: Vec<(SessionId, String, Map)>,
     closed: Vec<SessionId>,
     quit: bool,
+    filters: block::Filters,
     jobs: Jobs,
     disks: FakeDisks,
     /// Ends of jobs that have threads.
@@ -53,6 +55,7 @@ impl FakeVm {
             requests: Vec::new(),
             closed: Vec::new(),
             quit: false,
+            filters: block::Filters::new().unwrap(),
             jobs: Jobs::new(Nodes::new([node("a"), node("b")]), disks.count(), Box::new(post)),
             disks,
             done,
@@ -77,7 +80,8 @@ impl Vm for FakeVm {
         vec![ChardevInfo { label: "agent".into(), filename: "unix:/x".into(), frontend_open: true }]
     }
     fn disks(&self) -> Vec<DiskInfo> {
-        vec![DiskInfo { device: "disk0".into(), virtual_size: 1 << 30, io_status: IoStatus::Ok }]
+        let filters = Some(self.filters.clone());
+        vec![DiskInfo { device: "disk0".into(), virtual_size: 1 << 30, io_status: IoStatus::Ok, filters }]
     }
     fn agent(&self) -> AgentStatus {
         let frozen = FreezeStatus { by: Some("agent client 1".into()), thaw_in: None };

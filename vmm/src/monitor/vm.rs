@@ -163,6 +163,15 @@ pub struct DiskInfo {
     pub virtual_size: u64,
     /// What the last failed operation that stopped the VM leaves behind.
     pub io_status: IoStatus,
+    /// The handle on its limits and faults.
+    pub filters: Option<block::Filters>,
+}
+
+impl DiskInfo {
+    /// Path of its device.
+    pub fn qdev(&self) -> String {
+        format!("/machine/peripheral/{}/virtio-backend", self.device)
+    }
 }
 
 /// QEMU's BlockDeviceIoStatus.

@@ -39,7 +39,8 @@ impl Core {
             Some(false) => IoStatus::Failed,
             Some(true) => IoStatus::Nospace,
         };
-        DiskInfo { device: spec.id.clone(), virtual_size: backend.size(), io_status }
+        let filters = backend.filters().cloned();
+        DiskInfo { device: spec.id.clone(), virtual_size: backend.size(), io_status, filters }
     }
 
     fn guest_open(&self, port: usize) -> bool {

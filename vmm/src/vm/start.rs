@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal};
 use std::time::Duration;
 
-use block::{Disk, DiskOptions, EngineKind, EngineOptions, OpenError};
+use block::{Disk, DiskOptions, EngineKind, EngineOptions, Filters, OpenError};
 use devices::virtio::blk::{BlkBackend, BlkOptions, ErrorPolicy, StartError};
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -187,7 +187,11 @@ fn open_disks(spec: &VmSpec, events: &Notifier) -> Result<Vec<BlkBackend>, RunEr
         let image =
             Disk::open(options(disk)).map_err(|source| RunError::Disk { id: disk.id.clone(), source })?;
         let events = events.clone();
-        Ok(BlkBackend::start(image, blk_options(disk), move |event| events.post(VmEvent::Disk(event)))?)
+        let filters =
+            filters(disk).map_err(|source| RunError::Setup { what: "limits and faults", source })?;
+        Ok(BlkBackend::start(image, blk_options(disk, filters), move |event| {
+            events.post(VmEvent::Disk(event));
+        })?)
     };
     spec.disks.iter().map(open).collect()
 }
@@ -207,12 +211,24 @@ fn options(disk: &config::DiskSpec) -> DiskOptions {
     }
 }
 
+/// The handle on a disk's limits and faults, with those of the configuration, which was validated.
+fn filters(disk: &config::DiskSpec) -> io::Result<Filters> {
+    let filters = Filters::new()?;
+    filters.set_limits(disk.throttle.0).map_err(io::Error::other)?;
+    for fault in &disk.faults {
+        let rule = fault.rule().map_err(io::Error::other)?;
+        filters.add_fault(rule).map_err(io::Error::other)?;
+        tracing::warn!(disk = disk.id, ?fault, "A fault is injected");
+    }
+    Ok(filters)
+}
+
 fn channel_config(spec: &VmSpec) -> ChannelConfig {
     let thaw_grace = (spec.thaw_grace > 0).then(|| Duration::from_secs(spec.thaw_grace.into()));
     ChannelConfig { thaw_grace, ..ChannelConfig::default() }
 }
 
-fn blk_options(disk: &config::DiskSpec) -> BlkOptions {
+fn blk_options(disk: &config::DiskSpec, filters: Filters) -> BlkOptions {
     let policy = |policy| match policy {
         config::ErrorPolicy::Report => ErrorPolicy::Report,
         config::ErrorPolicy::Ignore => ErrorPolicy::Ignore,
@@ -229,7 +245,7 @@ fn blk_options(disk: &config::DiskSpec) -> BlkOptions {
         queues: disk.queues.into(),
         read_error: policy(disk.rerror),
         write_error: policy(disk.werror),
-        engine: EngineOptions { kind, ..EngineOptions::default() },
+        engine: EngineOptions { kind, filters: Some(filters), ..EngineOptions::default() },
         ..BlkOptions::new(&disk.id)
     }
 }

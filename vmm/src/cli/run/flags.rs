@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::guest_image::GuestImage;
 use crate::config::{
-    BootProtocol, ChannelSpec, ConsoleSpec, DiskSpec, GuestAction, MountFlag, VmSpec, parse_size,
+    BootProtocol, ChannelSpec, ConsoleSpec, DiskSpec, FaultFlag, GuestAction, MountFlag, VmSpec, parse_size,
 };
 
 /// Start a VM, and stay until it ends
@@ -83,9 +83,14 @@ pub struct RunArgs {
     pub(super) software_kvm: bool,
 
     /// A disk: PATH or path=PATH, then id=, format=raw, ro, direct, cache=writeback|writethrough|unsafe, discard=on|off,
-    /// queues=N, serial=, engine=auto|io-uring|threads, rerror= and werror=report|ignore|stop|enospc
+    /// queues=N, serial=, engine=auto|io-uring|threads, rerror= and werror=report|ignore|stop|enospc,
+    /// and limits by QEMU's names: bps=, bps-rd=, bps-wr=, iops=, iops-rd=, iops-wr=, each also with -max= and -max-length=
     #[arg(long, value_name = "PATH[,KEY=VALUE…]", help_heading = "Devices")]
     disk: Vec<DiskSpec>,
+    /// Let operations of a disk go wrong, to test what becomes of it: op=any|read|write|flush|discard|zeroes, then sector=,
+    /// sectors=, after=N, count=N (0: always), errno=EIO, delay-ms=N, torn=BYTES
+    #[arg(long, value_name = "DISK:op=OP,KEY=VALUE…", help_heading = "Devices")]
+    fault: Vec<FaultFlag>,
     /// Mount a filesystem (guest image only); DISK is /dev/vda… or a disk's id
     #[arg(long, value_name = "DISK:DIR:FSTYPE[:OPTIONS]", help_heading = "Devices")]
     mount: Vec<MountFlag>,
@@ -137,6 +142,11 @@ impl RunArgs {
         spec.disks.extend(self.disk.iter().cloned());
         spec.channels.extend(self.channel.iter().cloned());
         spec.name_disks();
+        for FaultFlag { disk, fault } in &self.fault {
+            let found = spec.disks.iter_mut().find(|known| known.id == *disk);
+            let found = found.with_context(|| format!("No disk has the id {disk:?} that a fault is for"))?;
+            found.faults.push(fault.clone());
+        }
         if spec.kernel.as_os_str().is_empty() {
             let image = GuestImage::find()?;
             spec.kernel = image.kernel;

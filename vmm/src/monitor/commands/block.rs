@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::super::schema::{EMPTY, Object, Type, optional, required};
 use super::super::vm::{DiskInfo, IoStatus};
-use super::{Call, Command, nothing};
+use super::{Call, Command, filters, nothing};
 use crate::jobs::nodes::NodeInfo;
 
 pub(super) const COMMANDS: &[Command] = &[
@@ -41,6 +41,8 @@ static BLOCK_INFO: Object = Object::new(&[
     required("locked", Type::Bool),
     optional("inserted", Type::Object(&BLOCK_DEVICE_INFO)),
     optional("io-status", Type::Enum(&["ok", "failed", "nospace"])),
+    // Ours: what is made to go wrong.
+    optional("tarn-faults", Type::Array(&Type::Object(&filters::FAULT_INFO))),
 ]);
 static BLOCK_DEVICE_INFO: Object = Object::new(&[
     required("file", Type::Str),
@@ -57,6 +59,20 @@ static BLOCK_DEVICE_INFO: Object = Object::new(&[
     required("iops", Type::Int),
     required("iops_rd", Type::Int),
     required("iops_wr", Type::Int),
+    optional("bps_max", Type::Int),
+    optional("bps_rd_max", Type::Int),
+    optional("bps_wr_max", Type::Int),
+    optional("iops_max", Type::Int),
+    optional("iops_rd_max", Type::Int),
+    optional("iops_wr_max", Type::Int),
+    optional("bps_max_length", Type::Int),
+    optional("bps_rd_max_length", Type::Int),
+    optional("bps_wr_max_length", Type::Int),
+    optional("iops_max_length", Type::Int),
+    optional("iops_rd_max_length", Type::Int),
+    optional("iops_wr_max_length", Type::Int),
+    optional("iops_size", Type::Int),
+    optional("group", Type::Str),
     required("image", Type::Object(&IMAGE_INFO)),
     required("cache", Type::Object(&CACHE_INFO)),
     required("write_threshold", Type::Int),
@@ -85,7 +101,7 @@ fn query_named_block_nodes(call: &mut Call<'_>) -> Result<Value, Error> {
     let nodes = call.vm.block().jobs.nodes.list();
     let info = |node: &NodeInfo| {
         let of_disk = node.disk.and_then(|index| disks.get(index));
-        block_device_info(node, of_disk.map_or(node.size, |disk| disk.virtual_size))
+        block_device_info(node, of_disk)
     };
     Ok(nodes.iter().map(info).collect())
 }
@@ -120,7 +136,7 @@ fn block_resize(call: &mut Call<'_>) -> Result<Value, Error> {
 fn block_info(disk: &DiskInfo, node: Option<NodeInfo>) -> Value {
     let mut info = json!({
         "device": disk.device,
-        "qdev": format!("/machine/peripheral/{}/virtio-backend", disk.device),
+        "qdev": disk.qdev(),
         "type": "unknown",
         "removable": false,
         "locked": false,
@@ -131,17 +147,22 @@ fn block_info(disk: &DiskInfo, node: Option<NodeInfo>) -> Value {
         },
     });
     if let Some(node) = node {
-        info["inserted"] = block_device_info(&node, disk.virtual_size);
+        info["inserted"] = block_device_info(&node, Some(disk));
+    }
+    let faults = filters::faults(disk);
+    if !faults.is_empty() {
+        info["tarn-faults"] = faults.into();
     }
     info
 }
 
-fn block_device_info(node: &NodeInfo, size: u64) -> Value {
+fn block_device_info(node: &NodeInfo, disk: Option<&DiskInfo>) -> Value {
+    let size = disk.map_or(node.size, |disk| disk.virtual_size);
     let mut image = json!({"filename": node.filename, "format": node.driver, "virtual-size": size});
     if let Some(size) = node.actual_size {
         image["actual-size"] = size.into();
     }
-    json!({
+    let mut info = json!({
         "file": node.filename,
         "node-name": node.name,
         "ro": node.read_only,
@@ -150,8 +171,6 @@ fn block_device_info(node: &NodeInfo, size: u64) -> Value {
         "active": true,
         "encrypted": false,
         "detect_zeroes": "off",
-        "bps": 0, "bps_rd": 0, "bps_wr": 0,
-        "iops": 0, "iops_rd": 0, "iops_wr": 0,
         "image": image,
         "cache": {
             "writeback": node.cache != Cache::Writethrough,
@@ -159,5 +178,9 @@ fn block_device_info(node: &NodeInfo, size: u64) -> Value {
             "no-flush": node.cache == Cache::Unsafe,
         },
         "write_threshold": 0,
-    })
+    });
+    for (name, value) in filters::limits(disk) {
+        info[name] = value;
+    }
+    info
 }

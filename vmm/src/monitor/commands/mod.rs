@@ -10,6 +10,7 @@
 mod agent;
 mod block;
 mod fds;
+mod filters;
 mod introspection;
 mod jobs;
 mod machine;
@@ -60,6 +61,7 @@ static TABLES: &[&[Command]] = &[
     mirror::COMMANDS,
     jobs::COMMANDS,
     fds::COMMANDS,
+    filters::COMMANDS,
     agent::COMMANDS,
 ];
 

@@ -54,6 +54,7 @@ fn what_dry_run_prints_gives_the_same_vm_again() {
         "--kernel /k --initrd /i --disk a,,b.img,ro,queues=2 --disk b.img,id=x --mount x:/d:ext4 --append debug \
          --on-guest-panic pause --memory 1536K --channel name=c,socket=/s",
         "--name none --kernel /k --cmdline= --console none",
+        "--kernel /k --disk a.img,bps=1M,iops-rd=5 --fault disk0:op=write,errno=EIO,sector=8 --fault disk0:op=any,delay-ms=5",
     ] {
         let first = spec(line);
         fs::write(&file, serde_json::to_string_pretty(&first).unwrap()).unwrap();
@@ -102,6 +103,11 @@ fn wrong_flags_are_refused_with_what_is_wrong() {
         ("--memory 12Q", "\"12Q\""),
         ("--cpus many", "many"),
         ("--boot bios", "bios"),
+        ("--fault disk0:op=write", "needs an errno"),
+        (
+            "--kernel /k --disk a.img --fault vda:op=write,errno=EIO",
+            "No disk has the id \"vda\" that a fault is for",
+        ),
         ("--disk a.img,cache=none", "cache=none"),
         ("--mount vda", "DISK:DIR:FSTYPE"),
         ("--kernel /k --mount data:/d:ext4", "No disk has the id \"data\""),
