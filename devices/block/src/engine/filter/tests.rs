@@ -194,12 +194,12 @@ fn a_delay_holds_its_operation_alone() {
     for kind in kinds() {
         let mut rig = Rig::new(kind);
         rig.add(FaultOperation::Write, |rule| {
-            rule.delay = Duration::from_millis(300);
+            rule.delay = Duration::from_millis(1000);
             rule.sectors = Some((0, 0));
         });
         rig.add(FaultOperation::Flush, |rule| {
             eio(rule);
-            rule.delay = Duration::from_millis(100);
+            rule.delay = Duration::from_millis(500);
         });
         let (mut slow, mut quick) = ([1; 512], [2; 512]);
         let start = Instant::now();
@@ -208,42 +208,67 @@ fn a_delay_holds_its_operation_alone() {
         let refused = rig.queue(Operation::Flush);
         let quick = rig.queue(write(512, &mut quick));
         assert_eq!(rig.finish(1)[0].token, quick);
-        assert!(start.elapsed() < Duration::from_millis(100));
         assert_eq!(rig.engine.in_flight(), 2);
         assert_eq!(rig.finish(1), [Completion { token: refused, result: errno(libc::EIO) }]);
-        assert!(start.elapsed() >= Duration::from_millis(100));
+        assert!(start.elapsed() >= Duration::from_millis(500));
         assert_eq!(rig.finish(1), [Completion { token: slow, result: Ok(()) }]);
-        assert!(start.elapsed() >= Duration::from_millis(300));
+        assert!(start.elapsed() >= Duration::from_millis(1000));
         assert!(rig.engine.in_flight() == 0 && is_quiet(&rig));
     }
 }
 
 #[test]
-fn a_limit_is_kept_in_order_and_flushes_are_free() {
+fn a_limit_is_kept_and_flushes_are_free() {
     for kind in kinds() {
         let mut rig = Rig::new(kind);
-        rig.filters.set_limits(per_second(100)).unwrap();
+        rig.filters.set_limits(per_second(25)).unwrap();
         let mut data = [3; 512];
         let start = Instant::now();
-        let tokens: Vec<_> = (0..60)
+        let tokens: Vec<_> = (0..40)
             .map(|sector| {
                 rig.queue(Operation::Write { offset: sector * 512, buffers: vec![buffer(&mut data)] })
             })
             .collect();
         let flush = rig.queue(Operation::Flush);
-        assert_eq!(rig.engine.in_flight(), 61);
-        let mut done = rig.finish(61);
+        assert_eq!(rig.engine.in_flight(), 41);
+        let mut done = rig.finish(41);
         let elapsed = start.elapsed();
-        // Ten at once, and one that makes the bucket full.
-        assert!(elapsed >= Duration::from_millis(480), "{elapsed:?}");
-        assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
+        // Two at once, and one that makes the bucket full.
+        assert!(elapsed >= Duration::from_millis(1400), "{elapsed:?}");
+        assert!(elapsed < Duration::from_secs(20), "{elapsed:?}");
         let at = done.iter().position(|completion| completion.token == flush).unwrap();
-        assert!(at < 40, "the flush was the {at}th");
+        assert!(at < 40, "the flush was the last");
         done.remove(at);
-        let late: Vec<_> = done[20..].iter().map(|completion| completion.token).collect();
-        assert_eq!(late, tokens[20..], "one by one, in order");
+        // Those that may go together may come back in any order.
+        let mut done: Vec<_> = done.iter().map(|completion| completion.token).collect();
+        done.sort_unstable();
+        assert_eq!(done, tokens);
         assert!(is_quiet(&rig));
     }
+}
+
+#[test]
+fn what_waits_goes_in_order_and_directions_take_turns() {
+    let handle = Filters::new().unwrap();
+    handle.set_limits(per_second(10)).unwrap();
+    let never = Event::new().unwrap();
+    let mut filter = Filter::new(handle, never.as_fd()).unwrap();
+    let mut now = Instant::now() + Duration::from_secs(1);
+    for token in 0..9 {
+        let operation = match token % 3 {
+            0 => Operation::Read { offset: 0, buffers: Vec::new() },
+            _ => Operation::Write { offset: 0, buffers: Vec::new() },
+        };
+        filter.offer(Asked { token, operation: Some(operation), aside: false, fails: None }, now);
+    }
+    let mut passed = Vec::new();
+    while filter.held() > 0 {
+        passed.extend(filter.ready.drain(..).map(|asked| asked.token));
+        now += Duration::from_millis(110);
+        filter.release(now);
+    }
+    // One at once and one that makes the bucket full; then by turns, as long as there are reads.
+    assert_eq!(passed, [0, 1, 3, 2, 6, 4, 5, 7, 8]);
 }
 
 #[test]
