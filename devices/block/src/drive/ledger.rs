@@ -153,6 +153,11 @@ impl Ledger {
         self.unsynced.move_into(&mut self.dirty);
     }
 
+    /// At most how many bytes were written to the target since the last sync began.
+    pub(super) fn unsynced_bytes(&self) -> u64 {
+        self.unsynced.ones() << self.shift
+    }
+
     /// Whether everything written to the target is durable.
     pub(super) fn is_synced(&self) -> bool {
         self.unsynced.ones() == 0 && self.syncing.ones() == 0

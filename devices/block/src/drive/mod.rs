@@ -383,6 +383,16 @@ impl Drive {
         self.with_core(|core| core.set_mode(mode))?
     }
 
+    /// Makes the target durable, as far as it is written, before the guest is held: most of what [`Self::finish`] would take
+    /// is a flush. Ends with [`MirrorEvent::Prepared`] or [`MirrorEvent::Unfinished`].
+    ///
+    /// # Errors
+    ///
+    /// Not ready; paused; failed; finishing already; a backup.
+    pub fn prepare(&mut self) -> Result<(), MirrorRefusal> {
+        self.with_core(Mirror::prepare)?
+    }
+
     /// Copies what remains, as fast as it goes, and makes the target durable, while the owner holds the guest. Ends with
     /// [`MirrorEvent::Quiesced`] or [`MirrorEvent::Unfinished`].
     ///

@@ -143,10 +143,13 @@ pub enum MirrorEvent {
         /// What was done about it.
         action: MirrorAction,
     },
+    /// What [`super::Drive::prepare`] began is done.
+    Prepared,
     /// The end that [`super::Drive::finish`] began is reached: the images are equal and the target is durable. It stays
     /// so until a guest's request is queued.
     Quiesced,
-    /// The end that [`super::Drive::finish`] began will not be reached: an error, a pause, or a write.
+    /// The end that [`super::Drive::finish`] or [`super::Drive::prepare`] began will not be reached: an error, a pause, or
+    /// a write.
     Unfinished,
 }
 
@@ -246,6 +249,9 @@ pub enum MirrorRefusal {
         /// How many.
         remaining: u64,
     },
+    /// [`MirrorEvent::Ready`] has not been told.
+    #[error("The mirror is not ready")]
+    NotReady,
     /// It is a backup: it is detached, and not switched to.
     #[error("The disk has a backup, not a mirror")]
     Backup,

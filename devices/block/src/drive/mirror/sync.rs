@@ -3,10 +3,15 @@
 use std::time::{Duration, Instant};
 
 use super::flights::Flight;
-use super::{Bug, Mirror};
-use crate::drive::options::{MirrorOperation, Side};
+use super::{Bug, Mirror, Phase};
+use crate::drive::options::{MirrorEvent, MirrorOperation, MirrorRefusal, Side};
 use crate::engine::Operation;
 use crate::errno::Errno;
+
+/// How often the target is flushed to prepare an end, while the guest writes on.
+const PREPARATIONS: u32 = 4;
+/// What may be left to be flushed with the guest held, in bytes.
+const SMALL: u64 = 4 << 20;
 
 /// Who wants the target flushed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +32,8 @@ pub(super) struct Syncs {
     /// The mirror waits for one.
     own: bool,
     succeeded: bool,
+    /// How many more the owner is prepared to wait for before the end.
+    preparing: u32,
     started: Option<Instant>,
     last: Option<Duration>,
 }
@@ -84,6 +91,34 @@ impl Mirror {
         }
     }
 
+    /// Flushes what would be flushed in the end, before the guest is held.
+    pub(in crate::drive) fn prepare(&mut self) -> Result<(), MirrorRefusal> {
+        self.may_end()?;
+        if !self.condition.ready {
+            return Err(MirrorRefusal::NotReady);
+        }
+        if self.condition.phase != Phase::Running {
+            // The end itself is under way.
+            return Err(MirrorRefusal::Busy);
+        }
+        self.syncs.preparing = PREPARATIONS;
+        self.want_own_sync();
+        Ok(())
+    }
+
+    fn prepared(&mut self) {
+        if self.syncs.preparing == 0 {
+            return;
+        }
+        self.syncs.preparing -= 1;
+        if self.syncs.preparing > 0 && self.ledger.unsynced_bytes() > SMALL {
+            self.want_own_sync();
+        } else {
+            self.syncs.preparing = 0;
+            self.output.events.push_back(MirrorEvent::Prepared);
+        }
+    }
+
     fn start_sync(&mut self) {
         if self.syncs.running || self.syncs.due.is_empty() {
             return;
@@ -113,6 +148,9 @@ impl Mirror {
                 if own && self.condition.may_copy() {
                     self.become_ready();
                 }
+                if own {
+                    self.prepared();
+                }
             }
             Err(_) if self.has_bug(Bug::SyncFailureNotMarked) => self.ledger.sync_succeeded(),
             Err(errno) => {
@@ -124,6 +162,9 @@ impl Mirror {
                 // The images are not equal any more; who wanted them to be will want it again.
                 self.syncs.due.retain(|client| *client != Client::Own);
                 self.syncs.own = false;
+                if std::mem::take(&mut self.syncs.preparing) > 0 {
+                    self.output.events.push_back(MirrorEvent::Unfinished);
+                }
                 // What a backup has saved and lost, nobody has any more.
                 self.fail(Side::Target, MirrorOperation::Flush, errno, 0, self.is_backup());
             }

@@ -690,3 +690,32 @@ fn a_backup_that_cannot_save_what_the_guest_changes_fails_and_the_guest_does_not
         drop(rig.abort());
     }
 }
+
+#[test]
+fn a_prepared_end_has_nothing_left_to_flush() {
+    for copy_mode in MODES {
+        let (source, target) = (image(&pattern(16 * MIB, 7)), hole(16 * MIB));
+        let mut rig = Rig::new(&source);
+        rig.mirror(&target, &mode(copy_mode));
+        assert_eq!(rig.drive.prepare(), Err(MirrorRefusal::NotReady));
+        rig.until_event(MirrorEvent::Ready);
+        rig.write(MIB, &pattern(8 * MIB, 9)).unwrap();
+        rig.until(|rig, _| rig.status().remaining == 0);
+        rig.target_faults.take_log();
+        rig.drive.prepare().unwrap();
+        rig.until_event(MirrorEvent::Prepared);
+        assert_eq!(rig.target_faults.take_log(), [CallKind::Sync]);
+        rig.finish();
+        assert_eq!(rig.target_faults.take_log(), []);
+        rig.write(MIB, &[1; 512]).unwrap();
+        rig.finish();
+        let log = rig.target_faults.take_log();
+        assert_eq!(log.last(), Some(&CallKind::Sync));
+        // An error of a preparation is one.
+        rig.target_faults.inject(CallKind::Sync, Fault::Error(libc::EIO), 1);
+        rig.drive.reopen().unwrap();
+        rig.drive.prepare().unwrap();
+        rig.until_event(MirrorEvent::Unfinished);
+        assert!(matches!(rig.drive.prepare(), Err(MirrorRefusal::Failed(_))));
+    }
+}

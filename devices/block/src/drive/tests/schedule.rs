@@ -291,7 +291,7 @@ impl Schedule {
                 }
                 // A backup is complete.
                 MirrorEvent::Ready => self.quiesced |= self.modes == Modes::Backup,
-                MirrorEvent::Error { .. } => {}
+                MirrorEvent::Prepared | MirrorEvent::Error { .. } => {}
             }
         }
     }
@@ -360,6 +360,7 @@ impl Schedule {
             6 => drive.set_speed(self.random.among(&[0, 1000, 1_000_000])),
             7 if flip => drive.set_mode(CopyMode::WriteBlocking),
             8 if flip => drive.set_mode(CopyMode::Background),
+            9 => drive.prepare().or(Ok(())),
             _ => drive.set_speed(0),
         }
         .unwrap();
