@@ -7,9 +7,10 @@
 //!          ◀─reap──       ◀─                    ◀─reap──       ◀─        ◀───────┴─▶ Engine, target
 //!                                        worker ─advance(now)─▶   │ ledger, claims, copier, bounce pool
 //!
-//!   attach_mirror ─▶ copying ─▶ Ready ─▶ [gate closed, drained] finish ─▶ Quiesced ─┬─▶ switch: the target is the disk
-//!   (drained)           ▲                                          │               └─▶ detach: the source stays
-//!                       └──────── Unfinished, NotConverged ────────┘
+//!   attach_mirror ─▶ copying ─▶ Ready ─▶ prepare ─▶ Prepared ─▶ gate closed, drained ─▶ finish ─▶ Quiesced ─┬─▶ switch
+//!   (drained)           ▲               (optional: most of                               │                └─▶ detach
+//!                       │                the last flush)                                 │
+//!                       └───────────────────── Unfinished, NotConverged: gate open ──────┘
 //! ```
 //!
 //! A backup ([`Drive::attach_backup`]) goes the same ways, but its target is to be what the disk was in the beginning; it
