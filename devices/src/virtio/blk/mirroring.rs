@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!               start: drained                    quiesce: ready, little enough left
-//!   no mirror ─────────────────▶ mirroring ───────────────────────────────────────▶ gate closed, draining
+//!   no mirror ─────────────────▶ mirroring ────────────▶ target flushed ──────────▶ gate closed, draining
 //!       ▲                          ▲  ▲                                                   │ nothing in flight
 //!       │                          │  └─ unfinished, not converged, release ──────────────┤
 //!       │      switch, detach      │                                                      ▼
@@ -62,11 +62,22 @@ enum End {
     Detach,
 }
 
+/// How far the target is flushed before the guest is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Preparation {
+    #[default]
+    Due,
+    UnderWay,
+    Done,
+}
+
 /// A disk's mirror, if it has one.
 #[derive(Debug, Default)]
 pub(super) struct Mirroring {
     /// A quiesce is wanted once so many bytes remain at most.
     wanted: Option<u64>,
+    /// What would be flushed while the guest is held is flushed before.
+    preparation: Preparation,
     /// The gate is closed for it.
     holding: bool,
     /// The last pass is under way or over.
@@ -78,6 +89,8 @@ pub(super) struct Mirroring {
 /// Who else has to know that the images have changed.
 pub(super) enum Changed {
     Nothing,
+    /// Nobody, but the drive has something new to do.
+    Begun,
     /// The target's event is to be watched, or not any more.
     Target,
     /// Both events are others.
@@ -125,7 +138,7 @@ impl Mirroring {
                 if drive.target().is_none() {
                     return Err(MirrorRefusal::NotMirrored);
                 }
-                self.wanted = Some(limit);
+                (self.wanted, self.preparation) = (Some(limit), Preparation::Due);
                 Ok(())
             }
             MirrorOrder::Release => self.release(drive),
@@ -159,11 +172,22 @@ impl Mirroring {
         let Some(status) = drive.mirror_status() else { return Changed::Nothing };
         if !self.holding {
             let may_go = status.ready && !status.paused && !status.stopped && !status.failed;
-            self.holding = may_go && status.remaining <= limit;
+            match self.preparation {
+                _ if !may_go || status.remaining > limit => {}
+                Preparation::Due if drive.prepare().is_ok() => {
+                    self.preparation = Preparation::UnderWay;
+                    return Changed::Begun;
+                }
+                Preparation::Due | Preparation::UnderWay => {}
+                Preparation::Done => self.holding = true,
+            }
         }
         if self.holding && !self.finishing && drained {
             match drive.finish(limit) {
-                Ok(()) => self.finishing = true,
+                Ok(()) => {
+                    self.finishing = true;
+                    return Changed::Begun;
+                }
                 Err(MirrorRefusal::Busy) => {}
                 // It was written to since, or an error came between: another time.
                 Err(_) => self.holding = false,
@@ -206,13 +230,14 @@ impl Mirroring {
                         tell(MirrorReport::Failed(error.errno.to_string()));
                     }
                 }
+                MirrorEvent::Prepared => self.preparation = Preparation::Done,
                 MirrorEvent::Quiesced => {
                     self.wanted = None;
                     tell(MirrorReport::Quiesced);
                 }
                 MirrorEvent::Unfinished => {
                     if self.ending.is_none() {
-                        (self.holding, self.finishing) = (false, false);
+                        (self.preparation, self.holding, self.finishing) = (Preparation::Due, false, false);
                         // It stays wanted; there is no mirror to reopen only if it has ended.
                         let _ = drive.reopen();
                     }

@@ -380,8 +380,9 @@ impl Running {
         self.mirroring.report(&mut self.drive, &disk, &mut self.events);
         let drained = self.is_drained() && self.flushes.is_empty();
         let changed = self.mirroring.settle(&mut self.drive, drained, &disk);
+        let begun = matches!(changed, Changed::Begun);
         let report = match changed {
-            Changed::Nothing => None,
+            Changed::Nothing | Changed::Begun => None,
             Changed::Target => Some(MirrorReport::Detached),
             Changed::Switched => {
                 if let Err(error) = self.watch_images() {
@@ -406,7 +407,9 @@ impl Running {
         if was_holding && !self.mirroring.is_holding() {
             self.ring_all();
         }
-        was_holding != self.mirroring.is_holding() || self.next.is_some_and(|next| next <= Instant::now())
+        begun
+            || was_holding != self.mirroring.is_holding()
+            || self.next.is_some_and(|next| next <= Instant::now())
     }
 
     /// After a switch: the former image's descriptors have left by being closed.
