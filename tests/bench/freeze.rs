@@ -13,20 +13,22 @@ use crate::figures::{Figures, Side};
 const MOUNTED: u64 = 2;
 /// Bytes on each of them that are not on its disk yet, in the rounds that have some.
 const DIRTY: &str =
-    "for dir in /one /two; do dd if=/dev/urandom of=$dir/dirty bs=1M count=8 conv=notrunc 2>/dev/null; done";
+    "for dir in /one /two; do dd if=/dev/zero of=$dir/dirty bs=1M count=8 conv=notrunc 2>/dev/null; done";
 /// KiB: resident memory of every process of the agent but init, which is the same program on one side; its program.
 const HOLDINGS: &str = "for p in /proc/[0-9]*; do [ $p = /proc/1 ] || case $(readlink $p/exe) in \
      */tarn-agent | */qemu-ga) sed -n 's/^VmRSS:[^0-9]*\\([0-9]*\\).*/resident \\1/p' $p/status; echo program $(($(stat -Lc %s $p/exe) / 1024));; \
      esac; done";
 
-/// Freezes and thaws, `count` times with nothing to write and `count` times with something.
+/// Freezes and thaws, `count` times with nothing to write and a third as often with something.
 pub fn rounds(
     session: &mut GuestSession,
     count: usize,
     side: Side,
     figures: &mut Figures,
 ) -> Result<(), String> {
-    for (state, dirty) in [("nothing to write", None), ("8 MiB each to write", Some(DIRTY))] {
+    for (state, dirty, count) in
+        [("nothing to write", None, count), ("8 MiB each to write", Some(DIRTY), count.div_ceil(3))]
+    {
         let (mut freezes, mut thaws) = (Vec::new(), Vec::new());
         for _ in 0..count {
             if let Some(script) = dirty {
