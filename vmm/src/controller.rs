@@ -12,22 +12,20 @@
 //!                                       take_events ──▶ monitor
 //! ```
 
+mod block;
+mod fixed;
+
 use std::mem;
 use std::time::Duration;
 
 use devices::virtio::blk::{BlkBackend, BlkError, DiskEvent, DiskOperation, ErrorAction, Ticket};
-use devices::virtio::console::PortSpec;
-use kvm_ioctls::Kvm;
 
-use crate::boot::BootFiles;
-use crate::config::{DiskSpec, GuestAction, VmSpec};
+pub use self::fixed::Fixed;
+use crate::config::GuestAction;
 use crate::jobs::Jobs;
-use crate::jobs::nodes::{NodeSource, NodeSpec, Nodes};
-use crate::jobs::registry::JobDone;
-use crate::machine::builder::{self, MachineError, Parts};
-use crate::machine::notify::Notifier;
+use crate::machine::builder::MachineError;
 use crate::machine::{Kept, Machine};
-use crate::monitor::{BlockLayer, Event, IoErrorAction, PanicAction, ShutdownCause};
+use crate::monitor::{Event, IoErrorAction, PanicAction, ShutdownCause};
 use crate::run_state::{Denied, Effect, Input, RunState};
 use crate::vcpu::{VcpuError, VcpuEvent};
 
@@ -67,46 +65,6 @@ pub struct Ended {
     pub exit: u8,
     /// Who ended it.
     pub cause: ShutdownCause,
-}
-
-/// What a VM is made of, whatever becomes of its machine.
-pub struct Fixed {
-    /// The configuration.
-    pub spec: VmSpec,
-    /// /dev/kvm.
-    pub kvm: Kvm,
-    /// Kernel, initrd, command line.
-    pub boot: BootFiles,
-    /// Disks in order, with their threads and locks.
-    pub disks: Vec<BlkBackend>,
-    /// Ports of the virtio-serial device.
-    pub ports: Vec<PortSpec>,
-    /// Where other threads report.
-    pub events: Notifier,
-}
-
-impl Fixed {
-    fn build(&self, number: u64, kept: Option<&Kept>) -> Result<Machine, MachineError> {
-        let Self { spec, kvm, boot, disks, ports, events } = self;
-        let events = &events.for_machine(number);
-        builder::build(&Parts { spec, kvm, boot, disks, ports, events }, kept)
-    }
-
-    /// What the disks work on at the start.
-    fn nodes(&self) -> Nodes {
-        let node = |(disk, backend): (&DiskSpec, &BlkBackend)| {
-            let facts = backend.facts();
-            let spec = NodeSpec {
-                read_only: facts.read_only,
-                direct: facts.direct,
-                cache: facts.cache,
-                discard: facts.discard,
-                ..NodeSpec::new(NodeSource::Path(disk.path.clone()))
-            };
-            (None, spec)
-        };
-        Nodes::new(self.spec.disks.iter().zip(&self.disks).map(node))
-    }
 }
 
 /// The owner of a VM.
@@ -348,22 +306,6 @@ impl Controller {
 
     fn disk_index(&self, id: &str) -> Option<usize> {
         self.fixed.disks.iter().position(|backend| *backend.facts().id == *id)
-    }
-
-    /// Block nodes and jobs, and the disks they work on.
-    pub fn block(&mut self) -> BlockLayer<'_> {
-        BlockLayer { jobs: &mut self.jobs, disks: &self.fixed.disks }
-    }
-
-    /// A job without a disk has come to its end.
-    pub fn job_done(&mut self, done: JobDone) {
-        self.jobs.done(&self.fixed.disks, done);
-        self.events.append(&mut self.jobs.take_events());
-    }
-
-    /// Does what jobs have left for after a reply.
-    pub fn settle_jobs(&mut self) {
-        self.jobs.settle(&self.fixed.disks);
     }
 
     /// Changes the size of disk `index`, in bytes.

@@ -330,14 +330,22 @@ impl Nodes {
         Ok((node.size, block_size))
     }
 
-    /// Gives a node's image to the mirror of disk `disk`.
+    /// Gives a node's image to the mirror of disk `disk`. A guest that was told that there is nothing to flush keeps
+    /// what it was told: if the disk writes through, so will the target.
     ///
     /// # Errors
     ///
     /// As [`Self::check_target`].
     pub fn lend(&mut self, name: &str, disk: usize) -> Result<(Disk, EngineOptions), Error> {
         self.check_target(name)?;
+        let writes_through = self.root(disk).is_some_and(|root| root.cache == Cache::Writethrough);
         let node = self.get(name)?;
+        if writes_through && node.spec.cache != Cache::Writethrough {
+            node.spec.cache = Cache::Writethrough;
+            // Its lock is given back first.
+            node.disk = None;
+            node.reopen()?;
+        }
         let image = node.disk.take().ok_or_else(|| Error::generic(format!("Node '{name}' is closed")))?;
         node.used = Use::Target(disk);
         Ok((image, EngineOptions { kind: node.spec.engine, ..EngineOptions::default() }))
@@ -394,4 +402,43 @@ pub(super) fn is_well_formed(name: &str) -> bool {
     let mut bytes = name.bytes();
     bytes.next().is_some_and(|first| first.is_ascii_alphabetic())
         && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_target_of_a_disk_that_writes_through_does_so_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let spec = |name: &str| NodeSpec::new(NodeSource::Path(directory.path().join(name)));
+        for name in ["t", "u"] {
+            std::fs::write(directory.path().join(name), [0; 512]).unwrap();
+        }
+        let through = NodeSpec { cache: Cache::Writethrough, ..spec("a") };
+        let mut nodes = Nodes::new([(None, through), (Some("b".into()), spec("b"))]);
+        for (disk, name, cache) in [(0, "t", Cache::Writethrough), (1, "u", Cache::Writeback)] {
+            nodes.add(Some(name.into()), true, spec(name), &[]).unwrap();
+            assert_eq!(nodes.lend(name, disk).unwrap().0.cache(), cache);
+            assert!(nodes.lend(name, disk).is_err());
+        }
+    }
+
+    #[test]
+    fn an_image_that_cannot_be_opened_again_is_tried_again_when_it_is_needed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("t");
+        let spec = || NodeSpec::new(NodeSource::Path(path.clone()));
+        let mut nodes = Nodes::new([(None, NodeSpec::new(NodeSource::Path("/a".into())))]);
+        std::fs::write(&path, [0; 512]).unwrap();
+        nodes.add(Some("t".into()), true, spec(), &[]).unwrap();
+        drop(nodes.lend("t", 0).unwrap());
+        std::fs::remove_file(&path).unwrap();
+        nodes.detached(0);
+        let text = format!("Could not open '{}': No such file or directory", path.display());
+        assert_eq!(nodes.check_target("t").unwrap_err().desc, text);
+        std::fs::write(&path, [0; 1024]).unwrap();
+        assert_eq!(nodes.check_target("t").unwrap(), (1024, 512));
+        nodes.delete("t").unwrap();
+    }
 }

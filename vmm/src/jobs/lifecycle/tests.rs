@@ -1,3 +1,5 @@
+use block::CopyMode;
+
 use super::*;
 
 fn options() -> JobOptions {
