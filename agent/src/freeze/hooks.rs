@@ -6,6 +6,7 @@
 //! hold until the thaw.
 //!
 //! Every hook whose `freeze` was started gets its `thaw`, however that freeze ended.
+#![expect(unsafe_code, reason = "a hook asks the kernel to end with its agent")]
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
@@ -161,7 +162,7 @@ fn run(
     command.arg(phase.word()).stdin(Stdio::null()).process_group(0);
     let handle = || output.try_clone().map(Stdio::from);
     command.stdout(handle().map_err(not_started)?).stderr(handle().map_err(not_started)?);
-    let mut child = unblock_for(&mut command).spawn().map_err(not_started)?;
+    let mut child = unblock_for(die_with_us(&mut command)).spawn().map_err(not_started)?;
     tell(child.id());
     let ended = wait(&mut child, timeout, cancelled);
     if !matches!(ended, Ok(Ended::Itself(_))) {
@@ -181,6 +182,12 @@ fn run(
         }
     };
     if status.success() { Ok(()) } else { Err(complaint(&mut output, status)) }
+}
+
+/// A hook whose agent has died must not go on beside its own thaw. What it has started is another's to end.
+fn die_with_us(command: &mut Command) -> &mut Command {
+    // SAFETY: between fork and exec only one system call is made, which neither allocates nor takes a lock.
+    unsafe { command.pre_exec(|| Ok(rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?)) }
 }
 
 enum Ended {
