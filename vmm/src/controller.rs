@@ -15,6 +15,7 @@
 mod block;
 mod fixed;
 
+use std::collections::VecDeque;
 use std::mem;
 use std::time::Duration;
 
@@ -31,6 +32,9 @@ use crate::vcpu::{VcpuError, VcpuEvent};
 
 /// How long a disk may take to finish what is in flight and to flush: as long as slow storage is still alive.
 const DISK_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Ends of the guest that are kept; each vCPU has one to tell, or a few.
+const DEFERRED_MAX: usize = 64;
 
 /// Why an input had no effect.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +87,8 @@ pub struct Controller {
     generation: u64,
     /// Counts boots: another number means another guest.
     boots: u64,
+    /// Ends of the guest that wait for an operation on its disks: machine, vCPU, event.
+    deferred: VecDeque<(u64, u8, VcpuEvent)>,
     /// Disks whose last error stopped the VM: `true` when the host was out of space.
     failed_disks: Vec<Option<bool>>,
 }
@@ -107,6 +113,7 @@ impl Controller {
             loss: None,
             generation: 0,
             boots: 1,
+            deferred: VecDeque::new(),
             failed_disks,
         })
     }
@@ -216,6 +223,17 @@ impl Controller {
     pub fn vcpu_event(&mut self, machine: u64, index: u8, event: VcpuEvent) -> Result<(), ControlError> {
         if machine != self.generation || self.ended.is_some() {
             tracing::debug!(machine, index, ?event, "A vCPU of a machine that is gone");
+            return Ok(());
+        }
+        if self.must_wait(&event) {
+            tracing::info!(
+                index,
+                ?event,
+                "The guest ends: held back until the operation in progress is decided"
+            );
+            if self.deferred.len() < DEFERRED_MAX {
+                self.deferred.push_back((machine, index, event));
+            }
             return Ok(());
         }
         let on = self.fixed.spec.on_guest;
@@ -365,7 +383,7 @@ impl Controller {
         self.events.append(&mut self.jobs.take_events());
         self.events.extend_from_slice(first);
         self.events.push(Event::Shutdown(ended.cause));
-        self.jobs.end_all(&self.fixed.disks);
+        self.end_jobs();
         self.tear_down();
         self.state = state;
         self.ended = Some(ended);

@@ -49,6 +49,7 @@ pub mod host;
 pub mod jobs;
 pub mod machine;
 pub mod monitor;
+pub mod pauses;
 pub mod ports;
 pub mod run_dir;
 pub mod run_state;

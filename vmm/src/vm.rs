@@ -28,7 +28,7 @@ use self::ports::PortHosts;
 use crate::controller::ControlError;
 use crate::event_loop::{Interest, Ready, Registrations, Token, Watch, ready};
 use crate::machine::notify::{Inbox, VmEvent};
-use crate::monitor::{Monitor, SessionId, ShutdownCause};
+use crate::monitor::{Monitor, SessionId, ShutdownCause, pivot_info};
 use crate::ports::terminal_io::Input;
 use crate::signals::{Signal, Signals};
 
@@ -209,14 +209,20 @@ impl ControlLoop {
             self.core.controller.settle_jobs();
             let relayed = self.core.guest.take_relayed();
             let events = self.core.take_all_events();
-            if relayed.is_empty() && events.is_empty() {
+            let answers = self.core.controller.take_answers();
+            if relayed.is_empty() && events.is_empty() && answers.is_empty() {
                 break;
             }
             for (session, result) in relayed {
-                self.monitor.complete_guest(SessionId(session), result, &mut self.core, now, watch);
+                self.monitor.complete(SessionId(session), result, &mut self.core, now, watch);
             }
             for event in events {
                 self.monitor.emit(&event, &mut self.core, now, watch);
+            }
+            // After the events that led to them.
+            for (session, result) in answers {
+                let result = result.map(|info| pivot_info(&info));
+                self.monitor.complete(SessionId(session), result, &mut self.core, now, watch);
             }
         }
         self.arm_timer();

@@ -1,8 +1,10 @@
 //! The controller's jobs.
 
 use super::Controller;
+use crate::jobs::pivoting::Answer;
 use crate::jobs::registry::JobDone;
 use crate::monitor::BlockLayer;
+use crate::vcpu::VcpuEvent;
 
 impl Controller {
     /// Block nodes and jobs, and the disks they work on.
@@ -10,14 +12,57 @@ impl Controller {
         BlockLayer { jobs: &mut self.jobs, disks: &self.fixed.disks }
     }
 
-    /// A job without a disk has come to its end.
+    /// A thread beside the loop has done what it was to do for a job.
     pub fn job_done(&mut self, done: JobDone) {
         self.jobs.done(&self.fixed.disks, done);
         self.events.append(&mut self.jobs.take_events());
     }
 
-    /// Does what jobs have left for after a reply.
+    /// Does what jobs have left for after a reply, and what had to wait for an operation.
     pub fn settle_jobs(&mut self) {
         self.jobs.settle(&self.fixed.disks);
+        while self.jobs.open_operation().is_none()
+            && let Some((machine, index, event)) = self.deferred.pop_front()
+        {
+            if let Err(error) = self.vcpu_event(machine, index, event) {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "What the guest asked for was not done"
+                );
+            }
+        }
+    }
+
+    /// Answers that had to wait for an operation.
+    pub fn take_answers(&mut self) -> Vec<Answer> {
+        self.jobs.take_answers()
+    }
+
+    /// A guest that ends while its disks are being exchanged waits until it is decided which they are: whatever is read
+    /// from the outcome of the operation is true when the VM is gone.
+    pub(super) fn must_wait(&self, event: &VcpuEvent) -> bool {
+        let ends = match event {
+            VcpuEvent::Shutdown
+            | VcpuEvent::SuspendToDisk
+            | VcpuEvent::Reset
+            | VcpuEvent::TripleFault
+            | VcpuEvent::Panicked => true,
+            VcpuEvent::SuspendToRam | VcpuEvent::CrashLoaded | VcpuEvent::Fault(_) => false,
+        };
+        ends && self.jobs.open_operation().is_some()
+    }
+
+    /// Decides an operation that is in progress, and ends all jobs: the VM is about to end.
+    pub(super) fn end_jobs(&mut self) {
+        let undetermined = self.jobs.conclude_pivot(&self.fixed.disks);
+        if undetermined {
+            tracing::error!(
+                "The VM ends with an operation undetermined: its disks are the same on both sides"
+            );
+            // What was held goes on when the jobs end; nobody may be told any more.
+            self.machine = None;
+            self.generation += 1;
+        }
+        self.jobs.end_all(&self.fixed.disks);
     }
 }

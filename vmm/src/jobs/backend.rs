@@ -60,6 +60,10 @@ impl Disks for Vec<BlkBackend> {
         Box::new(move || ticket.wait(TIMEOUT).map_err(|error| not_done(&error)))
     }
 
+    fn held(&self, disk: usize) -> Option<Duration> {
+        self[disk].held()
+    }
+
     fn mirror_status(&self, disk: usize) -> Option<MirrorStatus> {
         self[disk].mirror_status()
     }

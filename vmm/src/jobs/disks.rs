@@ -1,5 +1,7 @@
 //! What jobs need of the VM's disks.
 
+use std::time::Duration;
+
 use block::{Disk, EngineOptions, MirrorOptions, MirrorStatus};
 
 use super::lifecycle::Order;
@@ -54,6 +56,8 @@ pub trait Disks {
     ) -> Result<(), NotDone>;
     /// Tells the mirror of disk `disk` something.
     fn order(&self, disk: usize, order: Order) -> Answer;
+    /// How long guest I/O was held for the end of the last mirror of disk `disk`.
+    fn held(&self, disk: usize) -> Option<Duration>;
     /// Where the mirror of disk `disk` stands.
     fn mirror_status(&self, disk: usize) -> Option<MirrorStatus>;
 }

@@ -125,6 +125,17 @@ impl Job {
         self.goal == Some(Goal::Pivot) && !self.cancelled
     }
 
+    /// Whether it ends as a copy, the source staying the disk.
+    pub fn is_copying(&self) -> bool {
+        self.goal == Some(Goal::Copy)
+    }
+
+    /// From now on it does not go on by itself from pending. Returns whether it is there already.
+    pub fn hold(&mut self) -> bool {
+        self.auto_finalize = false;
+        self.status == JobStatus::Pending
+    }
+
     /// Whether it works, or would if it had something to do.
     pub fn is_busy(&self) -> bool {
         matches!(self.status, JobStatus::Running | JobStatus::Ready)

@@ -244,6 +244,11 @@ impl Nodes {
         self.nodes.iter().find(|node| node.used == Use::Root(disk)).map(Node::info)
     }
 
+    /// What the mirror of disk `disk` writes to.
+    pub fn target(&self, disk: usize) -> Option<NodeInfo> {
+        self.nodes.iter().find(|node| node.used == Use::Target(disk)).map(Node::info)
+    }
+
     /// The node of that name.
     pub fn find(&self, name: &str) -> Option<NodeInfo> {
         self.nodes.iter().find(|node| node.name == name).map(Node::info)

@@ -53,8 +53,12 @@ pub enum PivotState {
 }
 
 impl PivotState {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::None, Self::Draining, Self::Held, Self::Pivoted, Self::Aborted, Self::Undetermined];
+
     /// The name in `tarn-query-pivot`.
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::None => "none",
             Self::Draining => "draining",
@@ -73,6 +77,8 @@ pub enum Report {
     Pending(usize),
     /// The job of this number has failed or was cancelled before that.
     Failed(usize),
+    /// A job stands still because of an error.
+    Stopped,
     /// The job of this number has switched.
     Switched(usize),
     /// The job of this number has ended on its source.
@@ -121,6 +127,16 @@ pub enum PivotRefused {
         /// Of who asks.
         asked: u64,
         /// Of who was here.
+        known: u64,
+    },
+    /// The same name for something else.
+    #[error("Operation {id} is of generation {known}, not {asked}")]
+    Changed {
+        /// The operation.
+        id: Uuid,
+        /// What is asked now.
+        asked: u64,
+        /// What it was begun with.
         known: u64,
     },
     /// There is nothing to abort, or it cannot be aborted any more.
@@ -178,7 +194,7 @@ impl Pivots {
         jobs: usize,
         witness: bool,
     ) -> Result<Vec<Step>, PivotRefused> {
-        self.check_epoch(operation.epoch)?;
+        self.check(&operation)?;
         let state = self.state(operation.id);
         if state != PivotState::None {
             return Ok(vec![Step::Answer(state)]);
@@ -202,7 +218,7 @@ impl Pivots {
     ///
     /// [`PivotRefused`]: it is decided already, or being decided.
     pub fn abort(&mut self, operation: &Operation) -> Result<Vec<Step>, PivotRefused> {
-        self.check_epoch(operation.epoch)?;
+        self.check(operation)?;
         let state = self.state(operation.id);
         let late = Err(PivotRefused::Late { id: operation.id, state });
         match (&mut self.open, state) {
@@ -268,11 +284,28 @@ impl Pivots {
         }
     }
 
-    fn check_epoch(&mut self, asked: u64) -> Result<(), PivotRefused> {
-        if asked < self.epoch {
-            return Err(PivotRefused::Epoch { asked, known: self.epoch });
+    /// An operation named `id` that would be accepted.
+    pub fn next(&self, id: Uuid) -> Operation {
+        Operation { id, generation: self.generation + 1, epoch: self.epoch }
+    }
+
+    /// Whether the witness is being written to.
+    pub fn is_deciding(&self) -> bool {
+        self.open.as_ref().is_some_and(|open| matches!(open.phase, Phase::Deciding | Phase::Revoking))
+    }
+
+    fn check(&mut self, asked: &Operation) -> Result<(), PivotRefused> {
+        if asked.epoch < self.epoch {
+            return Err(PivotRefused::Epoch { asked: asked.epoch, known: self.epoch });
         }
-        self.epoch = asked;
+        let open = self.open.iter().map(|open| &open.operation);
+        let mut known = open.chain(self.over.iter().map(|(operation, _)| operation));
+        if let Some(known) = known.find(|known| known.id == asked.id && known.generation != asked.generation)
+        {
+            let (id, asked, known) = (asked.id, asked.generation, known.generation);
+            return Err(PivotRefused::Changed { id, asked, known });
+        }
+        self.epoch = asked.epoch;
         Ok(())
     }
 }
@@ -289,6 +322,7 @@ impl Open {
                 self.jobs.retain(|known| *known != job);
                 self.give_up()
             }
+            (Phase::Draining, Report::Stopped) => self.give_up(),
             (Phase::Deciding, Report::Written { durable: true }) => self.switch(),
             (Phase::Deciding, Report::Written { durable: false }) => {
                 self.phase = Phase::Revoking;

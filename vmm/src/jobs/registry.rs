@@ -15,18 +15,25 @@ pub use super::entry::JobInfo;
 use super::entry::{Entry, Maker, Work};
 use super::lifecycle::{Job, JobKind, JobOptions, JobRefused, Note, Order, Report, Request, Step};
 use super::nodes::{Nodes, is_well_formed};
+use super::pivoting::Pivoting;
 use super::state::{JobStatus, Verb};
 use crate::monitor::Event;
 
 /// Jobs at a time: a disk has one, and what is over waits for a client.
 const JOBS_MAX: usize = 128;
 
-/// A job that has no disk has come to its end.
+/// What a thread beside the control loop has done.
 #[derive(Debug, PartialEq, Eq)]
-pub struct JobDone {
-    /// Counts jobs: names are used again.
-    pub(super) number: u64,
-    pub(super) result: Result<(), String>,
+pub enum JobDone {
+    /// A job that has no disk has come to its end.
+    Made {
+        /// Counts jobs: names are used again.
+        number: u64,
+        /// Why it has failed.
+        result: Result<(), String>,
+    },
+    /// The witness of a pivot has been written to.
+    Witnessed,
 }
 
 /// How the threads of jobs tell of their end.
@@ -36,14 +43,15 @@ pub type Post = Box<dyn Fn() -> Box<dyn FnOnce(JobDone) + Send>>;
 pub struct Jobs {
     /// Images by name.
     pub nodes: Nodes,
-    entries: Vec<Entry>,
+    pub(super) entries: Vec<Entry>,
+    pub(super) pivoting: Pivoting,
     numbers: u64,
     /// What comes after the reply to the command that caused it.
     due: VecDeque<(u64, Report)>,
     /// By disk: mirrors whose end was waited for, and whose report is still on its way.
     heard_of: Vec<u32>,
-    events: Vec<Event>,
-    post: Post,
+    pub(super) events: Vec<Event>,
+    pub(super) post: Post,
 }
 
 /// Which commands ask: they name a job that is not there differently.
@@ -60,7 +68,8 @@ impl Jobs {
     /// No job yet. `post` gives each thread of a job its way to [`Self::done`].
     pub fn new(nodes: Nodes, disks: usize, post: Post) -> Self {
         let (entries, due, events) = (Vec::new(), VecDeque::new(), Vec::new());
-        Self { nodes, entries, numbers: 0, due, heard_of: vec![0; disks], events, post }
+        let pivoting = Pivoting::default();
+        Self { nodes, entries, pivoting, numbers: 0, due, heard_of: vec![0; disks], events, post }
     }
 
     /// What happened since the last call, in order.
@@ -81,6 +90,9 @@ impl Jobs {
         request: Request,
     ) -> Result<(), Error> {
         let index = self.find(family, id)?;
+        if !matches!(request, Request::SetSpeed(_)) {
+            self.check_not_pivoting(index)?;
+        }
         // What is done and what remains, as of now: a mirror that ends takes it along.
         self.entries[index].refresh(disks);
         let steps = self.entries[index].job.ask(request)?;
@@ -128,7 +140,7 @@ impl Jobs {
         let (post, stopped, number) = ((self.post)(), Arc::clone(&stop), self.numbers);
         let body = move || {
             let result = create::create(&path, size, preallocation, &stopped);
-            post(JobDone { number, result });
+            post(JobDone::Made { number, result });
         };
         let spawned = thread::Builder::new().name(format!("job-{number}")).spawn(body);
         let thread = spawned.map_err(|error| Error::generic(format!("Cannot start the job: {error}")))?;
@@ -164,16 +176,18 @@ impl Jobs {
         let Some(index) = self.mirror_of(disk) else { return };
         self.entries[index].refresh(disks);
         self.apply(index, disk, report, disks);
+        self.drive_pivot(disks);
     }
 
-    /// A thread of a job has ended.
+    /// A thread has done what it was to do.
     pub fn done(&mut self, disks: &dyn Disks, done: JobDone) {
-        match done.result {
-            Ok(()) => self.tell(done.number, Report::Done, disks),
-            Err(error) => {
-                self.tell(done.number, Report::Failed(error), disks);
-                self.tell(done.number, Report::Detached, disks);
+        match done {
+            JobDone::Made { number, result: Ok(()) } => self.tell(number, Report::Done, disks),
+            JobDone::Made { number, result: Err(error) } => {
+                self.tell(number, Report::Failed(error), disks);
+                self.tell(number, Report::Detached, disks);
             }
+            JobDone::Witnessed => self.hear_scribe(disks),
         }
     }
 
@@ -212,6 +226,7 @@ impl Jobs {
                 self.carry_out(number, steps, disks, false);
             }
         }
+        self.drive_pivot(disks);
     }
 }
 
@@ -254,7 +269,7 @@ impl Jobs {
         self.find(Family::BlockJob, id).map(|_| ())
     }
 
-    fn find(&self, family: Family, id: &str) -> Result<usize, Error> {
+    pub(super) fn find(&self, family: Family, id: &str) -> Result<usize, Error> {
         let found = self.entries.iter().position(|entry| {
             entry.job.id() == id && (family == Family::Job || entry.job.kind().is_block_job())
         });
@@ -264,7 +279,7 @@ impl Jobs {
         })
     }
 
-    fn position(&self, number: u64) -> Option<usize> {
+    pub(super) fn position(&self, number: u64) -> Option<usize> {
         self.entries.iter().position(|entry| entry.number == number)
     }
 
@@ -276,6 +291,7 @@ impl Jobs {
 
     fn tell(&mut self, number: u64, report: Report, disks: &dyn Disks) {
         let Some(index) = self.position(number) else { return };
+        self.note_for_pivot(number, &report);
         let steps = self.entries[index].job.hear(report);
         self.carry_out(number, steps, disks, false);
     }
@@ -300,12 +316,14 @@ impl Jobs {
                 *attached = false;
             }
         }
-        let (number, steps) = (entry.number, entry.job.hear(report));
+        let number = entry.number;
+        self.note_for_pivot(number, &report);
+        let steps = self.entries[index].job.hear(report);
         self.carry_out(number, steps, disks, false);
     }
 
     /// Gives orders and tells clients, in the order of `steps`. A switch is waited for, any other end if `wait`.
-    fn carry_out(&mut self, number: u64, steps: Vec<Step>, disks: &dyn Disks, wait: bool) {
+    pub(super) fn carry_out(&mut self, number: u64, steps: Vec<Step>, disks: &dyn Disks, wait: bool) {
         for step in steps {
             let Some(index) = self.position(number) else { return };
             let Step::Order(order) = step else {
@@ -344,6 +362,14 @@ impl Jobs {
             Ok(()) => Report::Detached,
             Err(NotDone::Late(error)) => {
                 tracing::error!(job = self.entries[index].job.id(), "The end of a job is late: {error}");
+                return;
+            }
+            // The witness says that it has switched, so the guest must not go on with the source.
+            Err(NotDone::Refused(error)) if switches && self.is_pivoting(number) => {
+                tracing::error!(
+                    job = self.entries[index].job.id(),
+                    "A disk does not pivot, it stays held: {error}"
+                );
                 return;
             }
             Err(NotDone::Refused(error)) if self.entries[index].job.status() == JobStatus::Aborting => {

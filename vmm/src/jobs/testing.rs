@@ -1,6 +1,7 @@
 //! Disks that do what they are told only on paper.
 
 use std::cell::RefCell;
+use std::time::Duration;
 
 use block::{CopyMode, Disk, EngineOptions, MirrorOptions, MirrorStatus};
 
@@ -93,6 +94,10 @@ impl Disks for FakeDisks {
         // Either image is closed: it can be opened again.
         state.targets[disk] = None;
         Box::new(|| Ok(()))
+    }
+
+    fn held(&self, _: usize) -> Option<Duration> {
+        Some(Duration::from_micros(70))
     }
 
     fn mirror_status(&self, disk: usize) -> Option<MirrorStatus> {

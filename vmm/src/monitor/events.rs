@@ -9,8 +9,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use protocol::Map;
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::jobs::lifecycle::{Action, JobKind};
+use crate::jobs::pivot::PivotState;
 use crate::jobs::state::JobStatus;
 
 use super::schema::{EMPTY, Member, Object, Type, optional, required};
@@ -91,6 +93,15 @@ pub enum Event {
         kind: &'static str,
         /// The job.
         id: String,
+    },
+    /// A pivot has begun, or come to where it is decided, or to an end.
+    Pivot {
+        /// The operation.
+        id: Uuid,
+        /// Its generation.
+        generation: u64,
+        /// Where it is.
+        state: PivotState,
     },
 }
 
@@ -208,6 +219,7 @@ pub static EVENTS: &[(&str, &Object)] = &[
     ("BLOCK_JOB_CANCELLED", &BLOCK_JOB),
     ("BLOCK_JOB_ERROR", &BLOCK_JOB_ERROR),
     ("BLOCK_JOB_PENDING", &BLOCK_JOB_PENDING),
+    ("TARN_PIVOT", &TARN_PIVOT),
 ];
 /// The states of a job (QEMU's `JobStatus`).
 pub(super) const JOB_STATUSES: &[&str] = &{
@@ -239,6 +251,21 @@ static BLOCK_JOB_ERROR: Object = Object::new(&[
 ]);
 static BLOCK_JOB_PENDING: Object =
     Object::new(&[required("type", Type::Enum(JOB_TYPES)), required("id", Type::Str)]);
+static TARN_PIVOT: Object = Object::new(&[
+    required("op", Type::Str),
+    required("gen", Type::Int),
+    required("state", Type::Enum(PIVOT_STATES)),
+]);
+/// Where a pivot can be ([`PivotState`]).
+pub(super) const PIVOT_STATES: &[&str] = &{
+    let mut names = [""; PivotState::ALL.len()];
+    let mut index = 0;
+    while index < names.len() {
+        names[index] = PivotState::ALL[index].name();
+        index += 1;
+    }
+    names
+};
 static SHUTDOWN: Object =
     Object::new(&[required("guest", Type::Bool), required("reason", Type::Enum(SHUTDOWN_CAUSES))]);
 const SHUTDOWN_CAUSES: &[&str] = &{
@@ -283,6 +310,7 @@ impl Event {
             Self::BlockJobCancelled(_) => "BLOCK_JOB_CANCELLED",
             Self::BlockJobError { .. } => "BLOCK_JOB_ERROR",
             Self::BlockJobPending { .. } => "BLOCK_JOB_PENDING",
+            Self::Pivot { .. } => "TARN_PIVOT",
         }
     }
 
@@ -334,6 +362,9 @@ impl Event {
                 },
             })),
             Self::BlockJobPending { kind, id } => Some(json!({"type": kind, "id": id})),
+            Self::Pivot { id, generation, state } => {
+                Some(json!({"op": id.to_string(), "gen": generation, "state": state.name()}))
+            }
         }
     }
 
@@ -460,6 +491,7 @@ mod tests {
             events.push(Event::BlockJobError { device: "m0".into(), is_read: false, action });
         }
         events.push(Event::BlockJobPending { kind: "mirror", id: "m0".into() });
+        events.extend(PivotState::ALL.map(|state| Event::Pivot { id: Uuid::nil(), generation: 3, state }));
         events
     }
 

@@ -8,7 +8,7 @@
 //!                         │    └── events ◀── Throttle ◀── emit()                      │
 //!                         └───────────────────────────────────┼────────────────────────┘
 //!                                                             ▼
-//!                     Vm::guest_request ─▶ guest channel ─▶ complete_guest()
+//!                     Vm::guest_request ─▶ guest channel ─▶ complete()
 //! ```
 //!
 //! Each client negotiates for itself and is served in order, one request at a time; a command that is
@@ -38,6 +38,7 @@ use std::time::Instant;
 use protocol::{Args, Error, Request};
 use serde_json::Value;
 
+pub use self::commands::pivot_info;
 pub use self::events::{BlockJobFacts, Event, IoErrorAction, PanicAction, ShutdownCause};
 use self::events::{EventLine, Throttle};
 pub use self::fds::{FdSets, ReceivedFds};
@@ -105,8 +106,8 @@ impl Monitor {
         self.settle(vm, watch);
     }
 
-    /// The outcome of a relayed command. Ignored if its session is gone.
-    pub fn complete_guest(
+    /// The outcome of a command that was relayed, or that takes its time. Ignored if its session is gone.
+    pub fn complete(
         &mut self,
         session: SessionId,
         result: Result<Value, Error>,
@@ -196,23 +197,30 @@ impl Monitor {
     fn execute(&mut self, slot: usize, mut request: Request, vm: &mut dyn Vm, now: Instant) {
         let Some(Some(session)) = self.sessions.get_mut(slot) else { return };
         if commands::is_relayed(&request.execute) {
+            session.relayed = true;
             session.wait(request.id);
             return vm.guest_request(session.id, request.execute, request.arguments);
         }
         let arguments = std::mem::take(&mut request.arguments);
+        let mut later = false;
         let result = match commands::find(&request.execute) {
             None => Err(Error::command_not_found(&request.execute)),
             Some(command) => check_arguments(&arguments, command.arguments).and_then(|()| {
-                let args = Args::new(arguments);
+                let (args, session, fds) = (Args::new(arguments), session.id, &mut session.fds);
                 let fdsets = &mut self.fdsets;
-                (command.run)(&mut commands::Call { vm, fds: &mut session.fds, fdsets, args })
+                let mut call = commands::Call { vm, fds, fdsets, args, session, later };
+                let result = (command.run)(&mut call);
+                later = call.later;
+                result
             }),
         };
         for event in vm.take_events() {
             self.queue(&event, now);
         }
-        if let Some(session) = self.session(slot) {
-            session.respond(&request.respond(result));
+        match self.session(slot) {
+            Some(session) if later => session.wait(request.id),
+            Some(session) => session.respond(&request.respond(result)),
+            None => {}
         }
     }
 

@@ -36,7 +36,7 @@ const CHUNK: usize = 64 << 10;
 enum Mode {
     Negotiating,
     Commanding,
-    /// A relayed command with this id is on its way.
+    /// A command with this id was relayed, or takes its time.
     Waiting(Option<Value>),
 }
 
@@ -132,13 +132,12 @@ impl Session {
         self.bound_output();
     }
 
-    /// Waits for the outcome of a relayed command.
+    /// Waits for the outcome of a command.
     pub(super) fn wait(&mut self, id: Option<Value>) {
-        self.relayed = true;
         self.mode = Mode::Waiting(id);
     }
 
-    /// The outcome of the relayed command.
+    /// The outcome of the command it waits for.
     pub(super) fn complete(&mut self, result: Result<Value, Error>) {
         if let Mode::Waiting(id) = std::mem::replace(&mut self.mode, Mode::Commanding) {
             self.respond(&Response { result, id });

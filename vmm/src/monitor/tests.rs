@@ -18,10 +18,12 @@ use crate::jobs::nodes::{NodeSource, NodeSpec, Nodes};
 use crate::jobs::registry::JobDone;
 use crate::jobs::testing::FakeDisks;
 use crate::jobs::{Disks, Jobs};
+use crate::pauses::{Holder, Pauses};
 use crate::run_state::RunState;
 
 mod filters;
 mod jobs;
+mod pivot;
 
 /// A VM that does what it is told at once.
 struct FakeVm {
@@ -30,6 +32,7 @@ struct FakeVm {
     requests: Vec<(SessionId, String, Map)>,
     closed: Vec<SessionId>,
     quit: bool,
+    pauses: Pauses,
     filters: block::Filters,
     jobs: Jobs,
     disks: FakeDisks,
@@ -55,6 +58,7 @@ impl FakeVm {
             requests: Vec::new(),
             closed: Vec::new(),
             quit: false,
+            pauses: Pauses::default(),
             filters: block::Filters::new().unwrap(),
             jobs: Jobs::new(Nodes::new([node("a"), node("b")]), disks.count(), Box::new(post)),
             disks,
@@ -94,14 +98,21 @@ impl Vm for FakeVm {
             malformed_replies: 0,
         }
     }
-    fn stop(&mut self) -> Result<(), VmError> {
+    fn stop(&mut self, by: Holder) -> Result<(), VmError> {
+        self.pauses.add(by)?;
         if self.state == RunState::Running {
             self.state = RunState::Paused;
             self.events.push(Event::Stop);
         }
         Ok(())
     }
-    fn cont(&mut self) -> Result<(), VmError> {
+    fn paused_by(&self) -> Vec<Holder> {
+        self.pauses.list()
+    }
+    fn cont(&mut self, by: Holder, force: bool) -> Result<(), VmError> {
+        if !self.pauses.remove(by, force)? {
+            return Ok(());
+        }
         match self.state {
             RunState::Running => Ok(()),
             RunState::GuestPanicked => Err(VmError::ResetRequired),
@@ -218,7 +229,7 @@ impl Lab {
     }
 
     fn complete(&mut self, session: SessionId, result: Result<Value, Error>) {
-        self.monitor.complete_guest(session, result, &mut self.vm, self.now, &mut self.watch);
+        self.monitor.complete(session, result, &mut self.vm, self.now, &mut self.watch);
     }
 }
 
@@ -631,6 +642,9 @@ fn descriptor_sets_belong_to_the_vm_and_survive_the_client() {
 fn commands_return_what_the_schema_says_and_every_line_is_short() {
     let mut lab = Lab::new();
     let mut client = lab.client();
+    // There is something to ask about.
+    let arguments = json!({"op": Uuid::nil().to_string(), "gen": 1});
+    lab.ask(&mut client, &json!({"execute": "tarn-pivot-abort", "arguments": arguments}));
     for command in commands::all().filter(|command| command.name.contains("query-")) {
         client.send(&json!({"execute": command.name, "arguments": {}}).to_string());
         lab.turn();

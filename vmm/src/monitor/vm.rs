@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::events::Event;
 use crate::guest_channel::AgentStatus;
 use crate::jobs::{Disks, Jobs};
+use crate::pauses::{Holder, PauseRefused};
 use crate::run_state::RunState;
 
 /// A VM as its monitor sees it.
@@ -37,13 +38,15 @@ pub trait Vm {
     /// # Errors
     ///
     /// The state does not allow it, or a part of it failed.
-    fn stop(&mut self) -> Result<(), VmError>;
-    /// Lets the vCPUs run. Succeeds if they do already.
+    fn stop(&mut self, by: Holder) -> Result<(), VmError>;
+    /// Lets the vCPUs run, unless somebody else has stopped them as well. Succeeds if they run already.
     ///
     /// # Errors
     ///
-    /// The state does not allow it, or a part of it failed.
-    fn cont(&mut self) -> Result<(), VmError>;
+    /// The state does not allow it, or an operation holds the VM, or a part of it failed.
+    fn cont(&mut self, by: Holder, force: bool) -> Result<(), VmError>;
+    /// Who has stopped the vCPUs.
+    fn paused_by(&self) -> Vec<Holder>;
     /// Starts the guest again.
     ///
     /// # Errors
@@ -77,7 +80,7 @@ pub trait Vm {
     fn take_events(&mut self) -> Vec<Event>;
 
     /// Relays a command to the guest. Its outcome comes back with
-    /// [`Monitor::complete_guest`](super::Monitor::complete_guest). A session has at most one on its way.
+    /// [`Monitor::complete`](super::Monitor::complete). A session has at most one on its way.
     fn guest_request(&mut self, session: SessionId, execute: String, arguments: Map);
     /// The session is gone: nobody waits for its outcome, and what it froze is nobody's any more.
     fn guest_session_closed(&mut self, session: SessionId);
@@ -107,6 +110,9 @@ pub enum VmError {
     /// The state does not allow it.
     #[error("The virtual machine is in state '{0}', which does not allow this")]
     State(&'static str),
+    /// Others have stopped the VM.
+    #[error(transparent)]
+    Paused(#[from] PauseRefused),
     /// It was tried and failed; the reply carries the whole chain.
     #[error("{}", chain(&**.0))]
     Failed(Box<dyn StdError + Send + Sync>),

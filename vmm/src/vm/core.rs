@@ -12,6 +12,7 @@ use crate::guest_channel::{AgentStatus, GuestChannel};
 use crate::monitor::{
     BlockLayer, ChardevInfo, CpuInfo, DiskInfo, Event, IoStatus, SessionId, ShutdownCause, Vm, VmError,
 };
+use crate::pauses::{Holder, Pauses};
 use crate::run_dir::VmPaths;
 use crate::run_state::{Denied, RunState};
 
@@ -22,6 +23,8 @@ pub(super) struct Core {
     pub paths: VmPaths,
     /// Events that do not come from the controller.
     pub events: Vec<Event>,
+    /// Who has stopped the VM.
+    pub pauses: Pauses,
 }
 
 impl Core {
@@ -119,18 +122,33 @@ impl Vm for Core {
         self.guest.status(Instant::now())
     }
 
-    fn stop(&mut self) -> Result<(), VmError> {
-        match self.controller.stop() {
+    fn stop(&mut self, by: Holder) -> Result<(), VmError> {
+        let mut pauses = self.pauses.clone();
+        pauses.add(by)?;
+        let stopped = match self.controller.stop() {
             // As under QEMU's -S: stopped already, and still prelaunch.
             Err(ControlError::Denied(Denied { state: RunState::Prelaunch, .. })) => Ok(()),
             // The guest does not run: nothing to stop, and no error either.
             Err(ControlError::Denied(_)) => Ok(()),
             done => Ok(done?),
+        };
+        if stopped.is_ok() {
+            self.pauses = pauses;
         }
+        stopped
     }
 
-    fn cont(&mut self) -> Result<(), VmError> {
-        Ok(self.controller.cont()?)
+    fn cont(&mut self, by: Holder, force: bool) -> Result<(), VmError> {
+        let mut pauses = self.pauses.clone();
+        if pauses.remove(by, force)? {
+            self.controller.cont()?;
+        }
+        self.pauses = pauses;
+        Ok(())
+    }
+
+    fn paused_by(&self) -> Vec<Holder> {
+        self.pauses.list()
     }
 
     fn system_reset(&mut self) -> Result<(), VmError> {

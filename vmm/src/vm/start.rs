@@ -19,6 +19,7 @@ use crate::host::{self, HostError};
 use crate::machine::builder::MachineError;
 use crate::machine::notify::{self, Notifier, VmEvent};
 use crate::monitor::{Monitor, ShutdownCause};
+use crate::pauses::Pauses;
 use crate::ports::{ChannelHost, ConsoleHost, TerminalIo};
 use crate::run_dir::{RunDir, VmPaths};
 use crate::signals::{Signal, Signals};
@@ -127,7 +128,7 @@ pub fn run(spec: &VmSpec, dir: &RunDir, foreground: Foreground) -> Result<Outcom
         controller.cont()?;
     }
     let control = ControlLoop {
-        core: Core { controller, guest, paths, events: vec![] },
+        core: Core { controller, guest, paths, events: vec![], pauses: Pauses::default() },
         monitor,
         ports: PortHosts::new(console, channels, spec),
         inbox,

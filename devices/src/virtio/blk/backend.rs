@@ -238,6 +238,8 @@ pub(super) struct Link {
     pub(super) current: Mutex<BlkFacts>,
     /// Where its mirror stands, as of the last round of work.
     pub(super) mirror: Mutex<Option<MirrorStatus>>,
+    /// How long the guest was held for the end of the last one.
+    pub(super) held: Mutex<Option<Duration>>,
     pub(super) counters: Counters,
     /// In bytes.
     pub(super) size: AtomicU64,
@@ -304,6 +306,7 @@ impl BlkBackend {
             current: Mutex::new(facts.clone()),
             facts,
             mirror: Mutex::new(None),
+            held: Mutex::new(None),
             counters,
             size,
             stopped: Arc::clone(&stopped),
@@ -413,6 +416,11 @@ impl BlkBackend {
     /// Where the mirror stands, as of a moment ago; `None` without one.
     pub fn mirror_status(&self) -> Option<MirrorStatus> {
         self.link.mirror.lock().clone()
+    }
+
+    /// How long the guest's requests waited for the end of the last mirror, as far as they had to.
+    pub fn held(&self) -> Option<Duration> {
+        *self.link.held.lock()
     }
 
     /// Learns a size that was changed from outside, and tells the guest. The answer is the new size.

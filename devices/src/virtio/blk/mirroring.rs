@@ -14,7 +14,7 @@
 //! in their queues; held ones are tried again afterwards.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use block::{
     CopyMode, Drive, Engine, MirrorAction, MirrorEvent, MirrorOperation, MirrorOptions, MirrorRefusal, Side,
@@ -78,8 +78,8 @@ pub(super) struct Mirroring {
     wanted: Option<u64>,
     /// What would be flushed while the guest is held is flushed before.
     preparation: Preparation,
-    /// The gate is closed for it.
-    holding: bool,
+    /// Since when the gate has been closed for it.
+    holding: Option<Instant>,
     /// The last pass is under way or over.
     finishing: bool,
     /// It ends as soon as nothing is in flight.
@@ -100,7 +100,12 @@ pub(super) enum Changed {
 impl Mirroring {
     /// Whether requests have to wait.
     pub(super) fn is_holding(&self) -> bool {
-        self.holding
+        self.holding.is_some()
+    }
+
+    /// How long requests have been waiting.
+    pub(super) fn held(&self) -> Option<Duration> {
+        self.holding.map(|since| since.elapsed())
     }
 
     /// Whether it ends as soon as nothing is in flight.
@@ -152,7 +157,8 @@ impl Mirroring {
             MirrorOrder::Detach => {
                 drive.pause()?;
                 self.wanted = None;
-                (self.holding, self.ending) = (true, Some(End::Detach));
+                self.holding.get_or_insert_with(Instant::now);
+                self.ending = Some(End::Detach);
                 Ok(())
             }
         }
@@ -170,7 +176,7 @@ impl Mirroring {
         }
         let Some(limit) = self.wanted else { return Changed::Nothing };
         let Some(status) = drive.mirror_status() else { return Changed::Nothing };
-        if !self.holding {
+        if self.holding.is_none() {
             let may_go = status.ready && !status.paused && !status.stopped && !status.failed;
             match self.preparation {
                 _ if !may_go || status.remaining > limit => {}
@@ -179,10 +185,10 @@ impl Mirroring {
                     return Changed::Begun;
                 }
                 Preparation::Due | Preparation::UnderWay => {}
-                Preparation::Done => self.holding = true,
+                Preparation::Done => self.holding = Some(Instant::now()),
             }
         }
-        if self.holding && !self.finishing && drained {
+        if self.holding.is_some() && !self.finishing && drained {
             match drive.finish(limit) {
                 Ok(()) => {
                     self.finishing = true;
@@ -190,7 +196,7 @@ impl Mirroring {
                 }
                 Err(MirrorRefusal::Busy) => {}
                 // It was written to since, or an error came between: another time.
-                Err(_) => self.holding = false,
+                Err(_) => self.holding = None,
             }
         }
         Changed::Nothing
@@ -237,7 +243,7 @@ impl Mirroring {
                 }
                 MirrorEvent::Unfinished => {
                     if self.ending.is_none() {
-                        (self.preparation, self.holding, self.finishing) = (Preparation::Due, false, false);
+                        (self.preparation, self.holding, self.finishing) = (Preparation::Due, None, false);
                         // It stays wanted; there is no mirror to reopen only if it has ended.
                         let _ = drive.reopen();
                     }

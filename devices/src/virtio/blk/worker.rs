@@ -376,7 +376,7 @@ impl Running {
         let disk = Arc::clone(&self.link.facts.id);
         self.next = mirroring::advance(&mut self.drive, &self.link, Instant::now());
         // What it has completed of the guest's is handed out in the next round.
-        let was_holding = self.mirroring.is_holding();
+        let (was_holding, held) = (self.mirroring.is_holding(), self.mirroring.held());
         self.mirroring.report(&mut self.drive, &disk, &mut self.events);
         let drained = self.is_drained() && self.flushes.is_empty();
         let changed = self.mirroring.settle(&mut self.drive, drained, &disk);
@@ -396,6 +396,7 @@ impl Running {
         if let Some(report) = report {
             self.next = None;
             *self.link.mirror.lock() = None;
+            *self.link.held.lock() = held;
             for reply in self.ends.drain(..) {
                 mirroring::answer(Ok(()), &disk, &reply);
             }

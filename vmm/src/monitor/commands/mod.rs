@@ -16,6 +16,7 @@ mod jobs;
 mod machine;
 mod mirror;
 mod nodes;
+mod pivot;
 mod run_state;
 
 use protocol::{Args, Error};
@@ -23,9 +24,10 @@ use serde_json::Value;
 
 use super::fds::{FdSets, ReceivedFds};
 use super::schema::{Object, Type};
-use super::vm::Vm;
+use super::vm::{SessionId, Vm};
 
 pub(super) use self::introspection::version;
+pub use self::pivot::pivot_info;
 
 /// What a command works with.
 pub struct Call<'a> {
@@ -37,6 +39,18 @@ pub struct Call<'a> {
     pub fdsets: &'a mut FdSets,
     /// The arguments, checked against the command's declaration.
     pub args: Args,
+    /// The client that calls.
+    pub session: SessionId,
+    /// The answer comes later, with [`Monitor::complete`](super::Monitor::complete).
+    pub later: bool,
+}
+
+impl Call<'_> {
+    /// What a command returns whose answer may not be there yet.
+    fn answer(&mut self, answer: Option<Value>) -> Value {
+        self.later = answer.is_none();
+        answer.unwrap_or_default()
+    }
 }
 
 /// A command of the monitor.
@@ -59,6 +73,7 @@ static TABLES: &[&[Command]] = &[
     block::COMMANDS,
     nodes::COMMANDS,
     mirror::COMMANDS,
+    pivot::COMMANDS,
     jobs::COMMANDS,
     fds::COMMANDS,
     filters::COMMANDS,

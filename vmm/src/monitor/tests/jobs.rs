@@ -12,20 +12,20 @@ use crate::jobs::testing::SIZE;
 
 /// A client, and what it hears: replies and events in a line, as `m0:created` for JOB_STATUS_CHANGE, names of other
 /// events with what matters of their data, `{}` for a return, and the text of an error.
-struct Play {
-    lab: Lab,
-    client: Client,
+pub(super) struct Play {
+    pub(super) lab: Lab,
+    pub(super) client: Client,
 }
 
 impl Play {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let mut lab = Lab::new();
         let client = lab.client();
         Self { lab, client }
     }
 
     /// With a node `t` that a disk can be mirrored to.
-    fn with_target() -> Self {
+    pub(super) fn with_target() -> Self {
         let mut play = Self::new();
         play.image("t", SIZE);
         assert_eq!(play.add("t"), "{}");
@@ -33,34 +33,34 @@ impl Play {
     }
 
     /// With a mirror `m0` of disk0 to node `t`.
-    fn with_mirror(more: Value) -> Self {
+    pub(super) fn with_mirror(more: Value) -> Self {
         let mut play = Self::with_target();
         assert_eq!(play.mirror(more), "m0:created m0:running {}");
         play
     }
 
     /// The same, and ready.
-    fn ready(more: Value) -> Self {
+    pub(super) fn ready(more: Value) -> Self {
         let mut play = Self::with_mirror(more);
         play.lab.vm.disks.progress(10, 10);
         assert_eq!(play.hear(Report::Ready), "m0:ready READY(10/10)");
         play
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.lab.directory.path().join(name)
     }
 
-    fn image(&self, name: &str, size: u64) {
+    pub(super) fn image(&self, name: &str, size: u64) {
         std::fs::File::create(self.path(name)).unwrap().set_len(size).unwrap();
     }
 
-    fn add(&mut self, name: &str) -> String {
+    pub(super) fn add(&mut self, name: &str) -> String {
         let file = json!({"driver": "file", "filename": self.path(name)});
         self.ask("blockdev-add", json!({"driver": "raw", "node-name": name, "file": file}))
     }
 
-    fn mirror(&mut self, more: Value) -> String {
+    pub(super) fn mirror(&mut self, more: Value) -> String {
         let mut arguments = json!({"job-id": "m0", "device": "disk0", "target": "t", "sync": "full"});
         for (name, value) in more.as_object().unwrap() {
             arguments[name] = value.clone();
@@ -68,91 +68,93 @@ impl Play {
         self.ask("blockdev-mirror", arguments)
     }
 
-    fn raw(&mut self, command: &str, arguments: Value) -> Vec<Value> {
+    pub(super) fn raw(&mut self, command: &str, arguments: Value) -> Vec<Value> {
         self.client.send(&json!({"execute": command, "arguments": arguments}).to_string());
         self.lab.turn();
         self.client.messages()
     }
 
-    fn ask(&mut self, command: &str, arguments: Value) -> String {
+    pub(super) fn ask(&mut self, command: &str, arguments: Value) -> String {
         shown(&self.raw(command, arguments))
     }
 
-    fn device(&mut self, command: &str) -> String {
+    pub(super) fn device(&mut self, command: &str) -> String {
         self.ask(command, json!({"device": "m0"}))
     }
 
-    fn id(&mut self, command: &str) -> String {
+    pub(super) fn id(&mut self, command: &str) -> String {
         self.ask(command, json!({"id": "m0"}))
     }
 
-    fn query(&mut self, command: &str) -> Value {
+    pub(super) fn query(&mut self, command: &str) -> Value {
         self.raw(command, json!({})).remove(0)["return"].take()
     }
 
     /// What clients are told when the disk reports this.
-    fn hear(&mut self, report: Report) -> String {
+    pub(super) fn hear(&mut self, report: Report) -> String {
         let vm = &mut self.lab.vm;
         vm.jobs.hear(&vm.disks, 0, report);
         self.told()
     }
 
     /// What clients are told once the command is answered.
-    fn settle(&mut self) -> String {
+    pub(super) fn settle(&mut self) -> String {
         let vm = &mut self.lab.vm;
         vm.jobs.settle(&vm.disks);
         self.told()
     }
 
     /// What clients are told when the next thread of a job ends.
-    fn done(&mut self) -> String {
+    pub(super) fn done(&mut self) -> String {
         let vm = &mut self.lab.vm;
         let done = vm.done.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
         vm.jobs.done(&vm.disks, done);
         self.told()
     }
 
-    fn told(&mut self) -> String {
+    pub(super) fn told(&mut self) -> String {
         for event in self.lab.vm.take_events() {
             self.lab.emit(&event);
         }
         shown(&self.client.messages())
     }
 
-    fn orders(&self) -> Vec<String> {
+    pub(super) fn orders(&self) -> Vec<String> {
         self.lab.vm.disks.orders()
     }
 
     /// Node and image of disk0.
-    fn inserted(&mut self) -> (String, String) {
+    pub(super) fn inserted(&mut self) -> (String, String) {
         let disk = self.query("query-block")[0].take();
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         (text(&disk["inserted"]["node-name"]), text(&disk["inserted"]["file"]))
     }
 
-    fn is_source(&mut self) -> bool {
+    pub(super) fn is_source(&mut self) -> bool {
         self.inserted() == ("#block001".into(), "/images/a.raw".into())
     }
 
-    fn is_target(&mut self) -> bool {
+    pub(super) fn is_target(&mut self) -> bool {
         self.inserted() == ("t".into(), self.path("t").display().to_string())
     }
 }
 
-fn shown(messages: &[Value]) -> String {
+pub(super) fn shown(messages: &[Value]) -> String {
     let show = |message: &Value| {
         if let Some(error) = message.get("error") {
             return error["desc"].as_str().unwrap().to_owned();
         }
         let Some(event) = message.get("event").and_then(Value::as_str) else {
-            assert_eq!(message["return"], json!({}));
-            return "{}".to_owned();
+            let state = &message["return"]["state"];
+            assert!(state.is_string() || message["return"] == json!({}));
+            return state.as_str().unwrap_or("{}").to_owned();
         };
         let data = &message["data"];
         let text = |name: &str| data[name].as_str().unwrap_or_default();
         let progress = || format!("{}/{}", data["offset"], data["len"]);
         match event.strip_prefix("BLOCK_JOB_") {
             None if event == "JOB_STATUS_CHANGE" => format!("{}:{}", text("id"), text("status")),
+            None if event == "TARN_PIVOT" => format!("PIVOT:{}", text("state")),
             None => event.to_owned(),
             Some("ERROR") => format!("ERROR({},{})", text("operation"), text("action")),
             Some("PENDING") => format!("PENDING({})", text("id")),
