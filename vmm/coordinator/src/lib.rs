@@ -14,14 +14,22 @@
 //! socket will do.
 
 mod connection;
+mod durable;
+pub mod failpoint;
 mod guest;
+pub mod journal;
 mod monitor;
 pub mod recipes;
 pub mod record;
+mod state_dir;
 #[cfg(test)]
 mod testing;
 
 pub use connection::{Peer, SessionError};
+pub use durable::DurableError;
+#[cfg(feature = "failpoints")]
+pub use durable::lose_power;
 pub use guest::GuestSession;
 pub use monitor::MonitorSession;
 pub use protocol::{Error, ErrorClass, Event, Map, Reply};
+pub use state_dir::{StateDir, StateDirError};

@@ -106,6 +106,12 @@ impl Record {
         Ok(bytes)
     }
 
+    /// How long the record that `bytes` begin with says it is, whether or not it is a good one.
+    pub(crate) fn stated_length(bytes: &[u8]) -> Option<usize> {
+        let mut reader = Reader { bytes: bytes.get(size_of_val(&MAGIC)..)? };
+        Some(Header::read(&mut reader)?.length + HEADER + CHECKSUM)
+    }
+
     /// The record that `bytes` begin with, and how long it is.
     ///
     /// # Errors

@@ -16,18 +16,14 @@
 //! What a reader finds may not be durable yet (it may sit in the page cache of a machine that is about to lose
 //! power), so it acts on it only after it has written its own decision elsewhere, durably.
 
-use std::fs::{File, OpenOptions};
-use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use super::{Damage, Operation, RECORD_MAX, Record, TooLong};
+use crate::durable::{self, Durable, DurableError, Role};
 
-/// tmpfs, ramfs and hugetlbfs (Linux `include/uapi/linux/magic.h`).
-const VOLATILE: [u32; 3] = [0x0102_1994, 0x8584_58f6, 0x9584_58f6];
 const MAGIC: &[u8] = b"TARN";
 const SLOTS: u64 = 2;
 const SLOT: u64 = RECORD_MAX as u64;
@@ -42,6 +38,13 @@ pub enum Verdict {
 }
 
 impl Verdict {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Pivoted => "pivoted",
+            Self::Revoked => "revoked",
+        }
+    }
+
     fn kind(self) -> u16 {
         match self {
             Self::Pivoted => 1,
@@ -68,22 +71,9 @@ pub struct Decision {
 /// Why a witness is none, or cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum WitnessError {
-    /// It cannot be created, opened, read or written.
-    #[error("Cannot {action} the witness {}", path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// What the host said.
-        source: io::Error,
-    },
-    /// It would not survive the machine.
-    #[error("The witness {} is on a filesystem in memory, which does not survive a crash of this machine", path.display())]
-    Volatile {
-        /// The file.
-        path: PathBuf,
-    },
+    /// It cannot be created, opened, read or written, or would not survive the machine.
+    #[error(transparent)]
+    File(#[from] DurableError),
     /// It holds something that is no witness, or one that this program cannot read.
     #[error("{} is no witness", path.display())]
     Foreign {
@@ -108,8 +98,7 @@ pub enum WitnessError {
 /// A witness, open.
 #[derive(Debug)]
 pub struct Witness {
-    path: PathBuf,
-    file: File,
+    file: Durable,
     /// Slot and sequence number of what was written last, whether or not it reached the disk.
     last: Option<(u64, u64)>,
 }
@@ -119,56 +108,37 @@ impl Witness {
     ///
     /// # Errors
     ///
-    /// [`WitnessError::Io`], also if the file is there already; [`WitnessError::Volatile`].
+    /// [`WitnessError::File`], also if the file is there already.
     pub fn create(path: &Path) -> Result<Self, WitnessError> {
-        let fail = |action| move |source| WitnessError::Io { action, path: path.to_owned(), source };
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(0o600);
-        let witness =
-            Self { path: path.to_owned(), file: options.open(path).map_err(fail("create"))?, last: None };
-        witness.check_filesystem()?;
-        let empty = vec![0; RECORD_MAX * 2];
-        witness.file.write_all_at(&empty, 0).map_err(fail("write"))?;
-        witness.file.sync_all().map_err(fail("sync"))?;
-        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        let directory = File::open(directory.unwrap_or(Path::new("."))).map_err(fail("find"))?;
-        directory.sync_all().map_err(fail("sync the directory of"))?;
-        Ok(witness)
+        let file = Durable::create(Role::Witness, path, &[0; RECORD_MAX * 2])?;
+        Ok(Self { file, last: None })
     }
 
     /// Opens a witness.
     ///
     /// # Errors
     ///
-    /// [`WitnessError::Io`], [`WitnessError::Volatile`].
+    /// [`WitnessError::File`].
     pub fn open(path: &Path) -> Result<Self, WitnessError> {
-        let opened = OpenOptions::new().read(true).write(true).open(path);
-        let fail = |source| WitnessError::Io { action: "open", path: path.to_owned(), source };
-        Self::check(Self { path: path.to_owned(), file: opened.map_err(fail)?, last: None })
+        Ok(Self { file: Durable::open(Role::Witness, path)?, last: None })
     }
 
     /// Takes a witness that somebody else opened; `name` is for messages.
     ///
     /// # Errors
     ///
-    /// [`WitnessError::Io`], [`WitnessError::Volatile`].
+    /// [`WitnessError::File`].
     pub fn adopt(fd: OwnedFd, name: &str) -> Result<Self, WitnessError> {
-        Self::check(Self { path: name.into(), file: fd.into(), last: None })
+        Ok(Self { file: Durable::adopt(Role::Witness, fd, name)?, last: None })
     }
 
-    fn check(self) -> Result<Self, WitnessError> {
-        self.check_filesystem()?;
-        Ok(self)
-    }
-
-    /// Files in memory take every sync and keep nothing.
-    fn check_filesystem(&self) -> Result<(), WitnessError> {
-        let filesystem =
-            rustix::fs::fstatfs(&self.file).map_err(|error| self.failed("look at")(error.into()))?;
-        let kind = u32::try_from(filesystem.f_type).unwrap_or_default();
-        if VOLATILE.contains(&kind) {
-            return Err(WitnessError::Volatile { path: self.path.clone() });
-        }
+    /// Removes a witness that nobody needs any more: the journal says, durably, how its operation ended.
+    ///
+    /// # Errors
+    ///
+    /// [`WitnessError::File`]. That there is none is no error.
+    pub fn remove(path: &Path) -> Result<(), WitnessError> {
+        durable::remove(Role::Witness, path)?;
         Ok(())
     }
 
@@ -176,7 +146,7 @@ impl Witness {
     ///
     /// # Errors
     ///
-    /// [`WitnessError::Io`]: then nobody knows. [`WitnessError::Foreign`]: it is a file of somebody else's, or
+    /// [`WitnessError::File`]: then nobody knows. [`WitnessError::Foreign`]: it is a file of somebody else's, or
     /// from a later version of this program.
     pub fn read(&self) -> Result<Option<Decision>, WitnessError> {
         let newest = self.newest()?;
@@ -193,7 +163,7 @@ impl Witness {
     pub fn check_operation(&self, operation: &Operation) -> Result<(), WitnessError> {
         match self.read()? {
             Some(decision) if decision.operation.id != operation.id => {
-                Err(WitnessError::Used { path: self.path.clone(), other: decision.operation.id })
+                Err(WitnessError::Used { path: self.file.path().to_owned(), other: decision.operation.id })
             }
             _ => Ok(()),
         }
@@ -204,7 +174,7 @@ impl Witness {
     ///
     /// # Errors
     ///
-    /// [`WitnessError::Io`]: nobody can tell whether it is on the disk, and to call this again with the same
+    /// [`WitnessError::File`]: nobody can tell whether it is on the disk, and to call this again with the same
     /// verdict proves nothing. [`WitnessError::Foreign`], [`WitnessError::TooLong`]: nothing was written.
     pub fn decide(
         &mut self,
@@ -220,8 +190,7 @@ impl Witness {
         let record = Record { kind: verdict.kind(), sequence, operation, payload: details };
         let mut bytes = record.encode()?;
         bytes.resize(RECORD_MAX, 0);
-        self.file.write_all_at(&bytes, slot * SLOT).map_err(self.failed("write"))?;
-        self.file.sync_data().map_err(self.failed("sync"))
+        Ok(self.file.write_at(&bytes, slot * SLOT, verdict.name())?)
     }
 
     fn newest(&self) -> Result<Option<(u64, Record)>, WitnessError> {
@@ -251,30 +220,19 @@ impl Witness {
 
     fn slot(&self, slot: u64) -> Result<Vec<u8>, WitnessError> {
         let mut bytes = vec![0; RECORD_MAX];
-        let mut filled = 0;
-        while filled < bytes.len() {
-            match self.file.read_at(&mut bytes[filled..], slot * SLOT + filled as u64) {
-                Ok(0) => break,
-                Ok(count) => filled += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(self.failed("read")(error)),
-            }
-        }
+        self.file.read_at(&mut bytes, slot * SLOT)?;
         Ok(bytes)
     }
 
-    fn failed(&self, action: &'static str) -> impl Fn(io::Error) -> WitnessError {
-        let path = self.path.clone();
-        move |source| WitnessError::Io { action, path: path.clone(), source }
-    }
-
     fn foreign(&self, source: Damage) -> WitnessError {
-        WitnessError::Foreign { path: self.path.clone(), source }
+        WitnessError::Foreign { path: self.file.path().to_owned(), source }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use serde_json::json;
     use uuid::Uuid;
 
@@ -308,7 +266,10 @@ mod tests {
         let witness = Witness::create(&lab.path()).unwrap();
         assert_eq!(witness.read().unwrap(), None);
         assert_eq!(std::fs::metadata(lab.path()).unwrap().len(), 2 * SLOT);
-        assert!(matches!(Witness::create(&lab.path()), Err(WitnessError::Io { action: "create", .. })));
+        let again = Witness::create(&lab.path());
+        let Err(WitnessError::File(DurableError::Io { action: "create", .. })) = again else {
+            panic!("{again:?}");
+        };
     }
 
     #[test]
@@ -356,10 +317,10 @@ mod tests {
         witness.decide(Verdict::Pivoted, operation(1), json!(null)).unwrap();
         // The disk lost it and said so; it may come back.
         let lost = std::fs::read(lab.path()).unwrap();
-        witness.file.write_all_at(&[0; RECORD_MAX], 0).unwrap();
+        witness.file.file().write_all_at(&[0; RECORD_MAX], 0).unwrap();
         witness.decide(Verdict::Revoked, operation(1), json!(null)).unwrap();
         assert_eq!(lab.verdict(), Some(Verdict::Revoked));
-        witness.file.write_all_at(&lost[..RECORD_MAX], 0).unwrap();
+        witness.file.file().write_all_at(&lost[..RECORD_MAX], 0).unwrap();
         assert_eq!(lab.verdict(), Some(Verdict::Revoked));
     }
 
@@ -388,7 +349,7 @@ mod tests {
     fn a_filesystem_in_memory_is_refused() {
         let directory = tempfile::tempdir_in("/dev/shm").unwrap();
         let error = Witness::create(&directory.path().join("witness")).unwrap_err();
-        assert!(matches!(error, WitnessError::Volatile { .. }), "{error}");
+        assert!(matches!(error, WitnessError::File(DurableError::Volatile { .. })), "{error}");
     }
 
     #[test]

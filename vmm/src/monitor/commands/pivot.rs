@@ -3,6 +3,7 @@
 //! A client names the operation; whatever becomes of the client, of the VM or of the machine, the witness and
 //! `tarn-query-pivot` say of that operation whether the targets or the sources are the disks.
 
+use coordinator::DurableError;
 use coordinator::record::Operation;
 use coordinator::record::witness::{Witness, WitnessError};
 use protocol::{Args, Error};
@@ -138,7 +139,7 @@ fn witness(call: &mut Call<'_>) -> Result<Option<Witness>, Error> {
         Witness::adopt(call.fds.take(&name)?, &name)
     };
     opened.map(Some).map_err(|error| match &error {
-        WitnessError::Io { source, .. } => Error::generic(format!("{error}: {source}")),
+        WitnessError::File(DurableError::Io { source, .. }) => Error::generic(format!("{error}: {source}")),
         _ => Error::generic(error.to_string()),
     })
 }

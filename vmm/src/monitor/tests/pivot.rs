@@ -269,7 +269,7 @@ fn what_cannot_be_begun_is_refused_and_changes_nothing() {
     refused(&mut play, json!({"witness": "w"}), "File descriptor named 'w' has not been found");
     let memory = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     let text = format!(
-        "The witness {} is on a filesystem in memory, which does not survive a crash of this machine",
+        "Cannot keep the witness {} on a filesystem in memory, which does not survive a crash of this machine",
         memory.path().display()
     );
     refused(&mut play, json!({"witness": memory.path()}), &text);

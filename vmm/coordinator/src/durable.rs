@@ -1,0 +1,328 @@
+//! Files that have to survive a crash: everything that is written to one goes through here.
+//!
+//! ```text
+//!   create    exclusively ▶ write ▶ fsync ▶ fsync directory
+//!   write_at  write ▶ fdatasync                                      (journal and witness; their size never changes)
+//!   replace   FILE.new: write ▶ fsync ▶ rename over FILE ▶ fsync directory
+//!   remove    unlink ▶ fsync directory
+//! ```
+//!
+//! Each returns when a power loss cannot undo it any more. One that has failed may have happened or not, and may
+//! happen later: Linux tells a writeback error once and forgets it, so to sync the same bytes again proves nothing. To
+//! *write* them again and then sync does.
+//!
+//! With the feature `failpoints` each step is a place where the process can be let die ([`crate::failpoint`]), and
+//! beside each file lies `FILE.durable`, from which [`lose_power`] restores what a power loss would have left.
+
+#[cfg(feature = "failpoints")]
+mod power;
+
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::failpoint;
+
+#[cfg(feature = "failpoints")]
+pub use power::lose_power;
+
+/// tmpfs, ramfs and hugetlbfs (Linux `include/uapi/linux/magic.h`).
+const VOLATILE: [u32; 3] = [0x0102_1994, 0x8584_58f6, 0x9584_58f6];
+
+const DIRECTORY: &str = "the directory";
+
+/// Why a file cannot be made to last.
+#[derive(Debug, thiserror::Error)]
+pub enum DurableError {
+    /// The kernel refused.
+    #[error("Cannot {action} {what} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// With what: `the journal`, …
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// Files in memory take every sync and keep nothing.
+    #[error("Cannot keep {what} {} on a filesystem in memory, which does not survive a crash of this machine", path.display())]
+    Volatile {
+        /// What was to be kept.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+    },
+}
+
+impl DurableError {
+    /// Whether the file was not there.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}
+
+/// What a file is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    Journal,
+    Witness,
+}
+
+impl Role {
+    /// To failpoints.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Journal => "journal",
+            Self::Witness => "witness",
+        }
+    }
+
+    /// To people.
+    fn words(self) -> &'static str {
+        match self {
+            Self::Journal => "the journal",
+            Self::Witness => "the witness",
+        }
+    }
+
+    pub(crate) fn failed(
+        self,
+        action: &'static str,
+        path: &Path,
+    ) -> impl FnOnce(io::Error) -> DurableError + use<> {
+        failed(action, self.words(), path)
+    }
+}
+
+fn failed(
+    action: &'static str,
+    what: &'static str,
+    path: &Path,
+) -> impl FnOnce(io::Error) -> DurableError + use<> {
+    let path = path.to_owned();
+    move |source| DurableError::Io { action, what, path, source }
+}
+
+/// Refuses a file or directory that only lives in memory.
+///
+/// # Errors
+/// [`DurableError`].
+fn check_filesystem(fd: impl AsFd, what: &'static str, path: &Path) -> Result<(), DurableError> {
+    let filesystem = rustix::fs::fstatfs(fd)
+        .map_err(|error| failed("look at", "the filesystem of", path)(error.into()))?;
+    let kind = u32::try_from(filesystem.f_type).unwrap_or_default();
+    if VOLATILE.contains(&kind) {
+        return Err(DurableError::Volatile { what, path: path.to_owned() });
+    }
+    Ok(())
+}
+
+/// A file whose writes last.
+#[derive(Debug)]
+pub(crate) struct Durable {
+    role: Role,
+    path: PathBuf,
+    file: File,
+}
+
+impl Durable {
+    /// Makes a file with this content.
+    pub(crate) fn create(role: Role, path: &Path, content: &[u8]) -> Result<Self, DurableError> {
+        let place = |point| failpoint::pass([role.name(), "create", point]);
+        place("before").map_err(role.failed("create", path))?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        let file = options.open(path).map_err(role.failed("create", path))?;
+        let created = Self { role, path: path.to_owned(), file };
+        check_filesystem(&created.file, role.words(), path)?;
+        #[cfg(feature = "failpoints")]
+        power::is_new(path);
+        created.file.write_all_at(content, 0).map_err(role.failed("write", path))?;
+        place("written").map_err(role.failed("sync", path))?;
+        created.file.sync_all().map_err(role.failed("sync", path))?;
+        place("synced").map_err(role.failed("sync", path))?;
+        sync_directory_of(path)?;
+        #[cfg(feature = "failpoints")]
+        power::stays(path, &created.file);
+        place("done").map_err(role.failed("sync the directory of", path))?;
+        Ok(created)
+    }
+
+    /// Opens a file for reading and writing.
+    pub(crate) fn open(role: Role, path: &Path) -> Result<Self, DurableError> {
+        let opened = OpenOptions::new().read(true).write(true).open(path);
+        Self::check(Self { role, path: path.to_owned(), file: opened.map_err(role.failed("open", path))? })
+    }
+
+    /// Opens a file for reading.
+    pub(crate) fn open_to_read(role: Role, path: &Path) -> Result<Self, DurableError> {
+        let file = File::open(path).map_err(role.failed("open", path))?;
+        Ok(Self { role, path: path.to_owned(), file })
+    }
+
+    /// Takes a file that somebody else opened; `name` is for messages.
+    pub(crate) fn adopt(role: Role, fd: OwnedFd, name: &str) -> Result<Self, DurableError> {
+        Self::check(Self { role, path: name.into(), file: fd.into() })
+    }
+
+    fn check(self) -> Result<Self, DurableError> {
+        check_filesystem(&self.file, self.role.words(), &self.path)?;
+        #[cfg(feature = "failpoints")]
+        power::is_there(&self.file);
+        Ok(self)
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads from `offset` on, as much as there is: what is beyond the end stays as it was.
+    pub(crate) fn read_at(&self, bytes: &mut [u8], offset: u64) -> Result<(), DurableError> {
+        let mut filled = 0;
+        while filled < bytes.len() {
+            match self.file.read_at(&mut bytes[filled..], offset + filled as u64) {
+                Ok(0) => break,
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.role.failed("read", &self.path)(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes with one system call and syncs. `step` is the failpoint's.
+    pub(crate) fn write_at(&self, bytes: &[u8], offset: u64, step: &str) -> Result<(), DurableError> {
+        let place = |point| failpoint::pass([self.role.name(), step, point]);
+        place("before").map_err(self.role.failed("write", &self.path))?;
+        self.file.write_all_at(bytes, offset).map_err(self.role.failed("write", &self.path))?;
+        place("written").map_err(self.role.failed("sync", &self.path))?;
+        self.file.sync_data().map_err(self.role.failed("sync", &self.path))?;
+        #[cfg(feature = "failpoints")]
+        power::synced(&self.file);
+        place("synced").map_err(self.role.failed("sync", &self.path))
+    }
+}
+
+/// Gives the file at `path` another content: a crash leaves the old one or the new one. `step` is the failpoint's.
+pub(crate) fn replace(role: Role, path: &Path, content: &[u8], step: &str) -> Result<(), DurableError> {
+    let place = |point| failpoint::pass([role.name(), step, point]);
+    place("before").map_err(role.failed("write", path))?;
+    let new = with_suffix(path, ".new");
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    let file = options.open(&new).map_err(role.failed("create", &new))?;
+    check_filesystem(&file, role.words(), path)?;
+    file.write_all_at(content, 0).map_err(role.failed("write", &new))?;
+    place("written").map_err(role.failed("sync", &new))?;
+    file.sync_all().map_err(role.failed("sync", &new))?;
+    place("synced").map_err(role.failed("sync", &new))?;
+    #[cfg(feature = "failpoints")]
+    power::is_as_before(path);
+    fs::rename(&new, path).map_err(role.failed("replace", path))?;
+    place("renamed").map_err(role.failed("sync the directory of", path))?;
+    sync_directory_of(path)?;
+    #[cfg(feature = "failpoints")]
+    power::stays(path, &file);
+    place("done").map_err(role.failed("sync the directory of", path))
+}
+
+/// Removes a file; `false` if there was none.
+pub(crate) fn remove(role: Role, path: &Path) -> Result<bool, DurableError> {
+    let place = |point| failpoint::pass([role.name(), "remove", point]);
+    place("before").map_err(role.failed("remove", path))?;
+    #[cfg(feature = "failpoints")]
+    power::is_as_before(path);
+    match fs::remove_file(path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(role.failed("remove", path)(error)),
+    }
+    place("written").map_err(role.failed("sync the directory of", path))?;
+    sync_directory_of(path)?;
+    #[cfg(feature = "failpoints")]
+    power::is_gone(path);
+    place("done").map_err(role.failed("sync the directory of", path))?;
+    Ok(true)
+}
+
+/// Makes a directory and those above it, for this user alone; it lasts, like its name.
+pub(crate) fn make_directory(path: &Path) -> Result<(), DurableError> {
+    let parent = directory_of(path);
+    match DirBuilder::new().mode(0o700).create(path) {
+        // One that was there may have been made just before a crash of its maker: its name is synced all the same.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound && parent != path => {
+            make_directory(parent)?;
+            return make_directory(path);
+        }
+        created => created.map_err(failed("create", DIRECTORY, path))?,
+    }
+    let directory = File::open(path).map_err(failed("open", DIRECTORY, path))?;
+    check_filesystem(&directory, DIRECTORY, path)?;
+    sync_directory_of(path)
+}
+
+fn sync_directory_of(path: &Path) -> Result<(), DurableError> {
+    let directory = directory_of(path);
+    let opened = File::open(directory).map_err(failed("open", DIRECTORY, directory))?;
+    opened.sync_all().map_err(failed("sync", DIRECTORY, directory))
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// `path` with something behind its last name.
+pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(suffix);
+    name.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_is_made_with_all_above_it_and_once_more_is_no_mistake() {
+        let base = tempfile::tempdir().unwrap();
+        let deep = base.path().join("a/b/c");
+        make_directory(&deep).unwrap();
+        make_directory(&deep).unwrap();
+        assert!(deep.is_dir());
+        fs::write(base.path().join("file"), "").unwrap();
+        assert!(make_directory(&base.path().join("file")).is_err());
+        assert!(make_directory(&base.path().join("file/below")).is_err());
+    }
+
+    #[test]
+    fn memory_is_no_place_for_what_has_to_last() {
+        let base = tempfile::tempdir_in("/dev/shm").unwrap();
+        let error = make_directory(&base.path().join("vm")).unwrap_err();
+        assert!(matches!(error, DurableError::Volatile { .. }), "{error}");
+        let error = replace(Role::Witness, &base.path().join("disks.json"), b"{}", "commit").unwrap_err();
+        assert!(matches!(error, DurableError::Volatile { .. }), "{error}");
+        assert!(!base.path().join("disks.json").exists());
+    }
+
+    #[test]
+    fn a_file_is_replaced_whole_and_removed_once() {
+        let base = tempfile::tempdir().unwrap();
+        let path = base.path().join("f");
+        for content in ["first", "second, longer", "3"] {
+            replace(Role::Witness, &path, content.as_bytes(), "commit").unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), content);
+        }
+        assert!(remove(Role::Witness, &path).unwrap());
+        assert!(!remove(Role::Witness, &path).unwrap());
+    }
+}
