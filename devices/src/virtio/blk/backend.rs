@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Blk;
-use super::mirroring::MirrorOrder;
+use super::mirroring::{MirrorOrder, Purpose};
 use super::policy::{DiskEvent, ErrorPolicy, EventSink};
 use super::request::ID_BYTES;
 use super::statistics::{BlkStatistics, Counters};
@@ -185,8 +185,10 @@ pub(super) enum Command {
     Resume { reply: Reply<()> },
     Flush { reply: Reply<()> },
     Resize { size: Option<u64>, reply: Reply<u64> },
-    StartMirror { target: Box<Engine>, options: MirrorOptions, reply: Reply<()> },
+    StartCopy { purpose: Purpose, target: Box<Engine>, options: MirrorOptions, reply: Reply<()> },
     Mirror { order: MirrorOrder, reply: Reply<()> },
+    Hold { reply: Reply<()> },
+    LetGo,
     Stop,
 }
 
@@ -256,10 +258,15 @@ impl Link {
     pub(super) fn tell<T>(&self, command: &'static str, make: impl FnOnce(Reply<T>) -> Command) -> Ticket<T> {
         let (reply, answer) = mpsc::sync_channel(1);
         // A thread that has ended drops the reply, which the ticket finds out.
-        let _ = self.commands.send(make(reply));
+        self.order(make(reply));
+        Ticket { disk: Arc::clone(&self.facts.id), command, answer }
+    }
+
+    /// Tells the thread something that it does not answer.
+    fn order(&self, command: Command) {
+        let _ = self.commands.send(command);
         // Fails only when the counter is full, and then the thread has been woken already.
         let _ = self.wake.write(1);
-        Ticket { disk: Arc::clone(&self.facts.id), command, answer }
     }
 }
 
@@ -402,18 +409,52 @@ impl BlkBackend {
         engine: &EngineOptions,
         options: MirrorOptions,
     ) -> io::Result<Ticket<()>> {
+        self.start_copy("mirror", Purpose::Mirror, target, engine, options)
+    }
+
+    /// Begins to save to `target` what the disk holds once what is in flight is over: what the guest changes is copied
+    /// first, and its write waits for that. [`MirrorReport::Ready`](super::MirrorReport::Ready) tells that the backup is
+    /// complete and durable; then it is to be detached. The rest is as with [`Self::start_mirror`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::start_mirror`].
+    pub fn start_backup(
+        &self,
+        target: Disk,
+        engine: &EngineOptions,
+        options: MirrorOptions,
+    ) -> io::Result<Ticket<()>> {
+        self.start_copy("backup", Purpose::Backup, target, engine, options)
+    }
+
+    fn start_copy(
+        &self,
+        command: &'static str,
+        purpose: Purpose,
+        target: Disk,
+        engine: &EngineOptions,
+        options: MirrorOptions,
+    ) -> io::Result<Ticket<()>> {
         // They come into force when the target becomes the disk.
         let engine = EngineOptions { filters: self.filters.clone(), ..engine.clone() };
         let target = Box::new(Engine::start(target, &engine)?);
-        Ok(self.link.tell("mirror", |reply| Command::StartMirror { target, options, reply }))
+        Ok(self.link.tell(command, |reply| Command::StartCopy { purpose, target, options, reply }))
     }
 
-    /// Tells the mirror something.
+    /// Takes no requests any more until the [`Hold`] is dropped; the ticket tells when nothing is in flight. Several disks
+    /// that are held at the same time show one moment of their guest.
+    pub fn hold(&self) -> (Hold, Ticket<()>) {
+        let ticket = self.link.tell("hold", |reply| Command::Hold { reply });
+        (Hold { link: Arc::clone(&self.link) }, ticket)
+    }
+
+    /// Tells the mirror or the backup something.
     pub fn mirror(&self, order: MirrorOrder) -> Ticket<()> {
         self.link.tell("mirror order", |reply| Command::Mirror { order, reply })
     }
 
-    /// Where the mirror stands, as of a moment ago; `None` without one.
+    /// Where the mirror or the backup stands, as of a moment ago; `None` without one.
     pub fn mirror_status(&self) -> Option<MirrorStatus> {
         self.link.mirror.lock().clone()
     }
@@ -429,10 +470,21 @@ impl BlkBackend {
     }
 }
 
+/// As long as it is there, the disk takes no requests: see [`BlkBackend::hold`].
+#[must_use = "the disk goes on when it is dropped"]
+pub struct Hold {
+    link: Arc<Link>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.link.order(Command::LetGo);
+    }
+}
+
 impl Drop for BlkBackend {
     fn drop(&mut self) {
-        let _ = self.link.commands.send(Command::Stop);
-        let _ = self.link.wake.write(1);
+        self.link.order(Command::Stop);
         if let Err(mpsc::RecvTimeoutError::Timeout) = self.ended.recv_timeout(STOP_TIMEOUT) {
             // The thread owns what the kernel still works with: the image and the guest's memory.
             tracing::error!(disk = %self.link.facts.id, "Disk I/O does not end; its thread is left behind");

@@ -9,6 +9,9 @@
 //!       └──────────────────────────┴────────────────────────────── quiesced ◀──── last pass, sync
 //! ```
 //!
+//! A backup is started and detached in the same way; it is never quiesced, and [`MirrorReport::Ready`] says that it is
+//! complete.
+//!
 //! A quiesce stays wanted until it is reached, or until a pause, a release or a detach takes it back: a guest that
 //! writes faster than the mirror copies is not held in vain. While the gate is closed for it the guest's requests wait
 //! in their queues; held ones are tried again afterwards.
@@ -23,6 +26,15 @@ use block::{
 use super::backend::{BlkError, Link, Reply};
 use super::policy::{DiskEvent, EventSink, MirrorReport};
 
+/// What a target becomes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Equal to the disk, and perhaps the disk.
+    Mirror,
+    /// What the disk is now.
+    Backup,
+}
+
 /// What a mirror is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MirrorOrder {
@@ -35,7 +47,7 @@ pub enum MirrorOrder {
     /// When a guest's write is done, from now on.
     SetMode(CopyMode),
     /// Once it is ready and at most `limit` bytes remain: hold the guest, copy them, sync the target, and report
-    /// [`MirrorReport::Quiesced`].
+    /// [`MirrorReport::Quiesced`]. Not for backups.
     Quiesce {
         /// In bytes.
         limit: u64,
@@ -74,6 +86,8 @@ enum Preparation {
 /// A disk's mirror, if it has one.
 #[derive(Debug, Default)]
 pub(super) struct Mirroring {
+    /// It is a backup.
+    backup: bool,
     /// A quiesce is wanted once so many bytes remain at most.
     wanted: Option<u64>,
     /// What would be flushed while the guest is held is flushed before.
@@ -117,12 +131,17 @@ impl Mirroring {
     pub(super) fn start(
         &mut self,
         drive: &mut Drive,
-        target: Engine,
+        (purpose, target): (Purpose, Engine),
         options: &MirrorOptions,
         disk: &Arc<str>,
     ) -> Result<(), BlkError> {
-        *self = Self::default();
-        let attached = drive.attach_mirror(target, options);
+        let attached = match purpose {
+            Purpose::Mirror => drive.attach_mirror(target, options),
+            Purpose::Backup => drive.attach_backup(target, options),
+        };
+        if attached.is_ok() {
+            *self = Self { backup: purpose == Purpose::Backup, ..Self::default() };
+        }
         attached.map_err(|error| BlkError::Attach { disk: Arc::clone(disk), source: error.reason })
     }
 
@@ -142,6 +161,9 @@ impl Mirroring {
             MirrorOrder::Quiesce { limit } => {
                 if drive.target().is_none() {
                     return Err(MirrorRefusal::NotMirrored);
+                }
+                if self.backup {
+                    return Err(MirrorRefusal::Backup);
                 }
                 (self.wanted, self.preparation) = (Some(limit), Preparation::Due);
                 Ok(())
@@ -165,7 +187,7 @@ impl Mirroring {
     }
 
     fn release(&mut self, drive: &mut Drive) -> Result<(), MirrorRefusal> {
-        *self = Self::default();
+        *self = Self { backup: self.backup, ..Self::default() };
         drive.reopen()
     }
 

@@ -45,7 +45,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-pub use self::backend::{BlkBackend, BlkError, BlkFacts, BlkOptions, StartError, Ticket};
+pub use self::backend::{BlkBackend, BlkError, BlkFacts, BlkOptions, Hold, StartError, Ticket};
 use self::backend::{Command, Link};
 pub use self::mirroring::MirrorOrder;
 pub use self::policy::{DiskEvent, DiskOperation, ErrorAction, ErrorPolicy, MirrorReport};

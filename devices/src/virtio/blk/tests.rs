@@ -16,6 +16,7 @@ use super::*;
 use crate::testing::{Buffer, FakeDriver, INDIRECT, NEXT, PATIENCE, Random, Used, WILD_ADDRESS, WRITE};
 
 mod filters;
+mod backup;
 mod mirror;
 
 const MIB: usize = 1 << 20;

@@ -5,7 +5,7 @@
 //!    ▲                  (all queues, one batch)                        (one interrupt per queue)     │
 //!    └───────────────────────────────────────────────────────────────────────────────────────────────┘
 //!
-//!   gate:    closed while paused · stopped by an error · somebody waits for the drain
+//!   gate:    closed while paused · held · stopped by an error · somebody waits for the drain
 //!   settle:  nothing in flight ─▶ pause: flush, then reply · deactivate: drop the session · resize
 //! ```
 //!
@@ -25,7 +25,7 @@ use block::{Completion, Drive, Engine, MirrorOptions};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::backend::{BlkError, BlkFacts, Command, Link, Reply};
-use super::mirroring::{self, Changed, Mirroring};
+use super::mirroring::{self, Changed, Mirroring, Purpose};
 use super::policy::{DiskEvent, ErrorPolicy, EventSink, MirrorReport};
 use super::request::ID_BYTES;
 use super::session::{Host, Session};
@@ -78,7 +78,9 @@ enum Waiter {
         size: Option<u64>,
         reply: Reply<u64>,
     },
-    StartMirror {
+    Hold(Reply<()>),
+    StartCopy {
+        purpose: Purpose,
         target: Box<Engine>,
         options: MirrorOptions,
         reply: Reply<()>,
@@ -121,6 +123,7 @@ impl Worker {
             ends: Vec::new(),
             next: None,
             paused: false,
+            holds: 0,
             waiters: Vec::new(),
             flushes: Vec::new(),
             next_flush: OWN,
@@ -149,6 +152,8 @@ pub(super) struct Running {
     /// When the mirror has to be looked after.
     next: Option<Instant>,
     paused: bool,
+    /// So many keep the gate closed.
+    holds: u32,
     waiters: Vec<Waiter>,
     /// Flushes of our own in flight, by token.
     flushes: Vec<(u64, Reply<()>)>,
@@ -225,6 +230,7 @@ impl Running {
     /// Whether requests may be taken.
     fn is_open(&self) -> bool {
         !self.paused
+            && self.holds == 0
             && !self.mirroring.is_holding()
             && !self.link.stopped.load(Ordering::Relaxed)
             && self.waiters.is_empty()
@@ -308,8 +314,16 @@ impl Running {
             }
             Command::Flush { reply } => self.flush(reply),
             Command::Resize { size, reply } => self.waiters.push(Waiter::Resize { size, reply }),
-            Command::StartMirror { target, options, reply } => {
-                self.waiters.push(Waiter::StartMirror { target, options, reply });
+            Command::StartCopy { purpose, target, options, reply } => {
+                self.waiters.push(Waiter::StartCopy { purpose, target, options, reply });
+            }
+            Command::Hold { reply } => {
+                self.holds += 1;
+                self.waiters.push(Waiter::Hold(reply));
+            }
+            Command::LetGo => {
+                self.holds = self.holds.saturating_sub(1);
+                self.ring_all();
             }
             Command::Mirror { order, reply } => {
                 let done = self.mirroring.order(&mut self.drive, order);
@@ -422,7 +436,7 @@ impl Running {
         watch(self.drive.event().as_raw_fd(), ControlOperation::Modify, Token::Engine)
     }
 
-    fn start_mirror(&mut self, target: Engine, options: &MirrorOptions) -> Result<(), BlkError> {
+    fn start_copy(&mut self, target: (Purpose, Engine), options: &MirrorOptions) -> Result<(), BlkError> {
         let disk = &self.link.facts.id;
         self.mirroring.start(&mut self.drive, target, options, disk)?;
         if let Some(event) = self.drive.target_event() {
@@ -474,11 +488,14 @@ impl Running {
                     let _ = reply.send(self.resize(size));
                 }
                 // Flushes of our own are I/O as well.
-                Waiter::StartMirror { target, options, reply } if !self.flushes.is_empty() => {
-                    self.waiters.push(Waiter::StartMirror { target, options, reply });
+                waiter @ (Waiter::Hold(_) | Waiter::StartCopy { .. }) if !self.flushes.is_empty() => {
+                    self.waiters.push(waiter);
                 }
-                Waiter::StartMirror { target, options, reply } => {
-                    let _ = reply.send(self.start_mirror(*target, &options));
+                Waiter::Hold(reply) => {
+                    let _ = reply.send(Ok(()));
+                }
+                Waiter::StartCopy { purpose, target, options, reply } => {
+                    let _ = reply.send(self.start_copy((purpose, *target), &options));
                 }
             }
         }

@@ -252,10 +252,11 @@ impl Mirror {
         self.syncs.measure(now);
         self.copier.measure(now, self.ledger.is_dirty(), self.ledger.changed_bytes());
         if self.condition.may_copy() {
+            // Without a background it has no end of its own.
             if self.plan.kind != (Kind::Backup { background: false }) {
                 self.start_copies(now);
+                self.conclude();
             }
-            self.conclude();
         }
         self.syncs.measure(now);
         self.settle();
