@@ -1,13 +1,14 @@
 //! The VM's disks as jobs see them: [`Disks`] of [`BlkBackend`]s.
 
 use std::error::Error as _;
+use std::io;
 use std::time::Duration;
 
 use block::{Disk, EngineOptions, MirrorAction, MirrorOptions, MirrorStatus};
-use devices::virtio::blk::{BlkBackend, BlkError, MirrorOrder, MirrorReport};
+use devices::virtio::blk::{BlkBackend, BlkError, MirrorOrder, MirrorReport, Ticket};
 
 use super::create::without_number;
-use super::disks::{Answer, DiskFacts, Disks, NotDone};
+use super::disks::{Answer, DiskFacts, Disks, Held, NotDone};
 use super::lifecycle::{Action, Order, Report};
 
 /// How long a disk may take to finish what is in flight.
@@ -36,15 +37,26 @@ impl Disks for Vec<BlkBackend> {
         engine: EngineOptions,
         options: MirrorOptions,
     ) -> Result<(), NotDone> {
-        let begun = self[disk].start_mirror(target, &engine, options);
-        let ticket = begun.map_err(|error| NotDone::Refused(format!("Cannot open the target: {error}")))?;
-        ticket.wait(TIMEOUT).map_err(|error| {
-            if matches!(error, BlkError::Timeout { .. }) {
-                // Should it begin after all, nobody wants it any more.
-                drop(self[disk].mirror(MirrorOrder::Detach));
-            }
-            not_done(&error)
-        })
+        begun(&self[disk], self[disk].start_mirror(target, &engine, options))
+    }
+
+    fn start_backup(
+        &self,
+        disk: usize,
+        target: Disk,
+        engine: EngineOptions,
+        options: MirrorOptions,
+    ) -> Result<(), NotDone> {
+        begun(&self[disk], self[disk].start_backup(target, &engine, options))
+    }
+
+    fn hold(&self, disks: &[usize]) -> Result<Held, NotDone> {
+        // All of them first: they drain at the same time.
+        let (holds, tickets): (Vec<_>, Vec<_>) = disks.iter().map(|disk| self[*disk].hold()).unzip();
+        for ticket in tickets {
+            ticket.wait(TIMEOUT).map_err(|error| not_done(&error))?;
+        }
+        Ok(Box::new(holds))
     }
 
     fn order(&self, disk: usize, order: Order) -> Answer {
@@ -67,6 +79,17 @@ impl Disks for Vec<BlkBackend> {
     fn mirror_status(&self, disk: usize) -> Option<MirrorStatus> {
         self[disk].mirror_status()
     }
+}
+
+fn begun(disk: &BlkBackend, ticket: io::Result<Ticket<()>>) -> Result<(), NotDone> {
+    let ticket = ticket.map_err(|error| NotDone::Refused(format!("Cannot open the target: {error}")))?;
+    ticket.wait(TIMEOUT).map_err(|error| {
+        if matches!(error, BlkError::Timeout { .. }) {
+            // Should it begin after all, nobody wants it any more.
+            drop(disk.mirror(MirrorOrder::Detach));
+        }
+        not_done(&error)
+    })
 }
 
 fn not_done(error: &BlkError) -> NotDone {

@@ -13,7 +13,7 @@ use crate::monitor::{BlockJobFacts, Event};
 
 /// What a job works on.
 pub(super) enum Work {
-    /// Disk `disk` is mirrored.
+    /// Disk `disk` is mirrored, or a backup is made of it.
     Mirror {
         disk: usize,
         mode: CopyMode,
@@ -42,6 +42,8 @@ impl Drop for Maker {
 /// A job, and what it is about.
 pub(super) struct Entry {
     pub(super) number: u64,
+    /// The transaction whose jobs succeed together or not at all.
+    pub(super) group: Option<u64>,
     pub(super) job: Job,
     pub(super) work: Work,
     /// Bytes done, and bytes in all.
@@ -95,7 +97,7 @@ impl Entry {
     }
 
     pub(super) fn info(&self) -> JobInfo {
-        let Self { job, work, progress: (offset, len), .. } = self;
+        let Self { job, progress: (offset, len), .. } = self;
         let (auto_finalize, auto_dismiss) = job.automatic();
         JobInfo {
             id: job.id().to_owned(),
@@ -111,7 +113,7 @@ impl Entry {
             auto_finalize,
             auto_dismiss,
             error: job.error().map(str::to_owned),
-            actively_synced: matches!(work, Work::Mirror { .. }).then_some(self.actively_synced),
+            actively_synced: (job.kind() == JobKind::Mirror).then_some(self.actively_synced),
         }
     }
 

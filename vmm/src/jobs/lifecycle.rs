@@ -7,6 +7,7 @@
 //!   cancel, else         aborting ─▶ Detach ─▶ Detached: CANCELLED
 //!   Failed               aborting ─▶ Detach ─▶ Detached: COMPLETED with an error
 //!   Done                 waiting, pending, concluded: a job without a disk
+//!   Ready of a backup    waiting ─▶ [the others of its group wait too] ─▶ pending ─▶ [finalize] ─▶ Detach ─▶ Detached: COMPLETED
 //!   then                 concluded ─▶ [dismiss] ─▶ null
 //! ```
 //!
@@ -41,6 +42,8 @@ pub struct Job {
     io_status: IoStatus,
     user_paused: bool,
     goal: Option<Goal>,
+    /// It stays in waiting until it is told that the others wait too.
+    grouped: bool,
     /// The disk has been told how to end it.
     decided: bool,
     cancelled: bool,
@@ -65,8 +68,15 @@ pub struct JobOptions {
 impl Job {
     /// A job that begins, and what clients are told of that.
     pub fn start(options: JobOptions) -> (Self, Vec<Step>) {
+        let (mut job, mut steps) = Self::create(options);
+        steps.append(&mut job.begin());
+        (job, steps)
+    }
+
+    /// A job that does not begin yet.
+    pub fn create(options: JobOptions) -> (Self, Vec<Step>) {
         let JobOptions { id, kind, speed, auto_finalize, auto_dismiss } = options;
-        let mut job = Self {
+        let job = Self {
             id,
             kind,
             auto_finalize,
@@ -76,13 +86,43 @@ impl Job {
             io_status: IoStatus::Ok,
             user_paused: false,
             goal: None,
+            grouped: false,
             decided: false,
             cancelled: false,
             error: None,
         };
-        let mut steps = vec![Step::Note(Note::Status(JobStatus::Created))];
-        job.enter(JobStatus::Running, &mut steps);
-        (job, steps)
+        (job, vec![Step::Note(Note::Status(JobStatus::Created))])
+    }
+
+    /// It begins.
+    pub fn begin(&mut self) -> Vec<Step> {
+        let mut steps = Vec::new();
+        self.enter(JobStatus::Running, &mut steps);
+        steps
+    }
+
+    /// It does not begin after all: another one of its transaction was refused.
+    pub fn discard(&mut self) -> Vec<Step> {
+        let mut steps = Vec::new();
+        for next in [JobStatus::Aborting, JobStatus::Concluded, JobStatus::Null] {
+            self.enter(next, &mut steps);
+        }
+        steps
+    }
+
+    /// From now on it goes on from waiting only by [`Self::go_together`].
+    pub fn join(&mut self) {
+        self.grouped = true;
+    }
+
+    /// All of its group wait.
+    pub fn go_together(&mut self) -> Vec<Step> {
+        let mut steps = Vec::new();
+        self.enter(JobStatus::Pending, &mut steps);
+        if !self.auto_finalize {
+            steps.push(Step::Note(Note::Pending));
+        }
+        steps
     }
 
     /// Its name.
@@ -212,6 +252,7 @@ impl Job {
             _ if self.status.is_over() => {}
             // It was too late to stop it.
             Report::Done if self.status == JobStatus::Aborting => self.conclude(&mut steps),
+            Report::Ready if self.kind == JobKind::Backup => self.copied(&mut steps),
             Report::Ready => {
                 let next = if self.status.is_paused() { JobStatus::Standby } else { JobStatus::Ready };
                 match (self.status, next) {
@@ -243,11 +284,7 @@ impl Job {
                 }
                 self.enter(JobStatus::Waiting, &mut steps);
                 self.enter(JobStatus::Pending, &mut steps);
-                if self.auto_finalize {
-                    self.finalize(&mut steps);
-                } else {
-                    steps.push(Step::Note(Note::Pending));
-                }
+                self.pend(&mut steps);
             }
             // Overtaken by a cancel.
             Report::Quiesced => {}
@@ -262,6 +299,30 @@ impl Job {
             }
         }
         steps
+    }
+
+    /// A backup is complete.
+    fn copied(&mut self, steps: &mut Vec<Step>) {
+        match self.status {
+            JobStatus::Running => {}
+            // The last bytes were under way when it was paused.
+            JobStatus::Paused => self.enter(JobStatus::Running, steps),
+            // Overtaken by a cancel.
+            _ => return,
+        }
+        self.enter(JobStatus::Waiting, steps);
+        if !self.grouped {
+            self.enter(JobStatus::Pending, steps);
+            self.pend(steps);
+        }
+    }
+
+    fn pend(&mut self, steps: &mut Vec<Step>) {
+        if self.auto_finalize {
+            self.finalize(steps);
+        } else {
+            steps.push(Step::Note(Note::Pending));
+        }
     }
 
     fn is_ready(&self) -> bool {

@@ -108,10 +108,10 @@ impl MirrorRequest {
 }
 
 /// What has been found out about the source.
-struct Source {
-    disk: usize,
-    facts: DiskFacts,
-    root: NodeInfo,
+pub(super) struct Source {
+    pub(super) disk: usize,
+    pub(super) facts: DiskFacts,
+    pub(super) root: NodeInfo,
 }
 
 impl Jobs {
@@ -122,26 +122,27 @@ impl Jobs {
     /// There is no job, and the disk is as it was. An image that was made for it stays.
     pub fn mirror(&mut self, disks: &dyn Disks, request: &MirrorRequest) -> Result<(), Error> {
         let source = self.source(disks, &request.device)?;
+        if self.on_disk(source.disk).is_some() {
+            return Err(Error::generic("Need a root block node"));
+        }
         let node_target = matches!(request.target, Target::Node(_));
         if !node_target {
             self.check(disks, request, &source)?;
         }
-        let (target, is_zero) = self.target(disks, request, &source)?;
+        let (target, is_zero) = self.target(disks, &request.target, &source)?;
         let begun = if node_target { self.check(disks, request, &source) } else { Ok(()) };
         let begun = begun.and_then(|()| self.begin(disks, request, &source, &target, is_zero));
         self.nodes.drop_unnamed(&target);
         begun
     }
 
-    fn source(&self, disks: &dyn Disks, device: &str) -> Result<Source, Error> {
+    /// The disk of that name, or the one that works on the node of that name.
+    pub(super) fn source(&self, disks: &dyn Disks, device: &str) -> Result<Source, Error> {
         let found = (0..disks.count()).find_map(|disk| {
             let (facts, root) = (disks.facts(disk), self.nodes.root(disk)?);
             (facts.device == device || root.name == device).then_some(Source { disk, facts, root })
         });
         match found {
-            Some(source) if self.mirror_of(source.disk).is_some() => {
-                Err(Error::generic("Need a root block node"))
-            }
             Some(source) => Ok(source),
             None if self.nodes.find(device).is_some() => {
                 Err(Error::generic(format!("Node '{device}' is not the node of a disk of the guest")))
@@ -205,7 +206,7 @@ impl Jobs {
         Ok(())
     }
 
-    fn check_filter(&self, disks: &dyn Disks, name: &str) -> Result<(), Error> {
+    pub(super) fn check_filter(&self, disks: &dyn Disks, name: &str) -> Result<(), Error> {
         if !is_well_formed(name) {
             return Err(Error::generic(format!("Invalid node-name: '{name}'")));
         }
@@ -214,13 +215,13 @@ impl Jobs {
     }
 
     /// The target's node, and whether it is known to be all zeroes.
-    fn target(
+    pub(super) fn target(
         &mut self,
         disks: &dyn Disks,
-        request: &MirrorRequest,
+        target: &Target,
         from: &Source,
     ) -> Result<(String, bool), Error> {
-        let (source, format, node_name, existing) = match &request.target {
+        let (source, format, node_name, existing) = match target {
             Target::Node(name) if self.nodes.find(name).is_none() => {
                 let text = format!("Cannot find device='{name}' nor node-name='{name}'");
                 return Err(Error::generic(text));
@@ -254,6 +255,18 @@ impl Jobs {
         Ok((name, makes_zeroes))
     }
 
+    /// Returns the target's size in bytes.
+    pub(super) fn check_blocks(&mut self, source: &Source, target: &str) -> Result<u64, Error> {
+        let (size, block_size) = self.nodes.check_target(target)?;
+        if block_size > source.facts.block_size {
+            return Err(Error::generic(format!(
+                "The target's blocks of {block_size} bytes are larger than the disk's of {}",
+                source.facts.block_size
+            )));
+        }
+        Ok(size)
+    }
+
     fn begin(
         &mut self,
         disks: &dyn Disks,
@@ -262,18 +275,12 @@ impl Jobs {
         target: &str,
         is_zero: bool,
     ) -> Result<(), Error> {
-        let (size, block_size) = self.nodes.check_target(target)?;
-        if block_size > source.facts.block_size {
-            return Err(Error::generic(format!(
-                "The target's blocks of {block_size} bytes are larger than the disk's of {}",
-                source.facts.block_size
-            )));
-        }
+        let size = self.check_blocks(source, target)?;
         let (id, mode) =
             (request.job_id.clone().unwrap_or_else(|| source.facts.device.clone()), request.mode);
         let same = size == source.facts.size;
         if same {
-            let (image, engine) = self.nodes.lend(target, source.disk)?;
+            let (image, engine) = self.nodes.lend(target, source.disk, JobKind::Mirror)?;
             if let Err(error) = disks.start_mirror(source.disk, image, engine, options(request, is_zero)) {
                 self.nodes.detached(source.disk);
                 return Err(Error::generic(error.to_string()));

@@ -1,17 +1,17 @@
 //! Block nodes: images by name.
 //!
 //! ```text
-//!                 blockdev-add                       mirror begins
+//!                 blockdev-add                       a job begins
 //!   (nothing) ─────────────────▶ idle: open, locked ───────────────▶ target: the disk's thread has it open
 //!             ◀─────────────────  ▲                 ◀───────────────   │
-//!                 blockdev-del    │                  mirror ends       │ the disk switches to it
+//!                 blockdev-del    │                   the job ends     │ the disk switches to it
 //!                                 │                                    ▼
 //!                                 └───────────────────────────────── root: what a guest's disk works on
 //!                                   another node becomes the root
 //! ```
 //!
-//! A node that a client has added is there until the client deletes it; one that came with a disk or with `drive-mirror`
-//! goes when it is used no more. An image is open in one place at a time: a node that comes back from a disk's thread is
+//! A node that a client has added is there until the client deletes it; one that came with a disk, `drive-mirror` or
+//! `drive-backup` goes when it is used no more. An image is open in one place at a time: a node that comes back from a disk's thread is
 //! opened again, which may fail, and then is tried again when it is needed.
 
 use std::os::fd::OwnedFd;
@@ -21,6 +21,7 @@ use block::{Cache, Disk, DiskOptions, EngineKind, EngineOptions, Format, OpenErr
 use protocol::Error;
 
 use super::create::plain;
+use super::lifecycle::JobKind;
 
 /// The longest name (QEMU: 31 bytes).
 const NAME_MAX: usize = 31;
@@ -148,8 +149,8 @@ fn open_error(error: &OpenError) -> Error {
 enum Use {
     /// The node itself.
     Idle,
-    /// The mirror of this disk writes to it.
-    Target(usize),
+    /// A job of this kind writes to it, of this disk.
+    Target(usize, JobKind),
     /// This disk works on it.
     Root(usize),
 }
@@ -204,7 +205,7 @@ impl Node {
             actual_size: self.spec.source.allocated(),
             disk: match self.used {
                 Use::Root(disk) => Some(disk),
-                Use::Idle | Use::Target(_) => None,
+                Use::Idle | Use::Target(..) => None,
             },
         }
     }
@@ -246,7 +247,7 @@ impl Nodes {
 
     /// What the mirror of disk `disk` writes to.
     pub fn target(&self, disk: usize) -> Option<NodeInfo> {
-        self.nodes.iter().find(|node| node.used == Use::Target(disk)).map(Node::info)
+        self.nodes.iter().find(|node| matches!(node.used, Use::Target(of, _) if of == disk)).map(Node::info)
     }
 
     /// The node of that name.
@@ -319,10 +320,11 @@ impl Nodes {
     /// It is in use, read-only or not to be opened.
     pub fn check_target(&mut self, name: &str) -> Result<(u64, u32), Error> {
         let node = self.get(name)?;
-        let busy = |by: &str| Err(Error::generic(format!("Node '{name}' is busy: {by}")));
+        let busy =
+            |by: &str| Err(Error::generic(format!("Node '{name}' is busy: block device is in use by {by}")));
         match node.used {
-            Use::Target(_) => return busy("block device is in use by block job: mirror"),
-            Use::Root(_) => return busy("block device is in use by a disk of the guest"),
+            Use::Target(_, kind) => return busy(&format!("block job: {}", kind.name())),
+            Use::Root(_) => return busy("a disk of the guest"),
             Use::Idle => {}
         }
         if node.disk.is_none() {
@@ -335,13 +337,13 @@ impl Nodes {
         Ok((node.size, block_size))
     }
 
-    /// Gives a node's image to the mirror of disk `disk`. A guest that was told that there is nothing to flush keeps
+    /// Gives a node's image to a job of disk `disk`. A guest that was told that there is nothing to flush keeps
     /// what it was told: if the disk writes through, so will the target.
     ///
     /// # Errors
     ///
     /// As [`Self::check_target`].
-    pub fn lend(&mut self, name: &str, disk: usize) -> Result<(Disk, EngineOptions), Error> {
+    pub fn lend(&mut self, name: &str, disk: usize, kind: JobKind) -> Result<(Disk, EngineOptions), Error> {
         self.check_target(name)?;
         let writes_through = self.root(disk).is_some_and(|root| root.cache == Cache::Writethrough);
         let node = self.get(name)?;
@@ -352,19 +354,20 @@ impl Nodes {
             node.reopen()?;
         }
         let image = node.disk.take().ok_or_else(|| Error::generic(format!("Node '{name}' is closed")))?;
-        node.used = Use::Target(disk);
+        node.used = Use::Target(disk, kind);
         Ok((image, EngineOptions { kind: node.spec.engine, ..EngineOptions::default() }))
     }
 
-    /// The mirror of disk `disk` has ended, and the disk works on what it did.
+    /// The job of disk `disk` has ended, and the disk works on what it did.
     pub fn detached(&mut self, disk: usize) {
-        self.give_back(&Use::Target(disk));
+        self.give_back(|used| matches!(used, Use::Target(of, _) if *of == disk));
     }
 
     /// The disk works on the target of its mirror now.
     pub fn switched(&mut self, disk: usize) {
-        self.give_back(&Use::Root(disk));
-        if let Some(node) = self.nodes.iter_mut().find(|node| node.used == Use::Target(disk)) {
+        self.give_back(|used| *used == Use::Root(disk));
+        let is_target = |node: &&mut Node| matches!(node.used, Use::Target(of, _) if of == disk);
+        if let Some(node) = self.nodes.iter_mut().find(is_target) {
             node.used = Use::Root(disk);
         }
     }
@@ -374,8 +377,8 @@ impl Nodes {
         self.nodes.retain(|node| node.name != name || node.named || node.used != Use::Idle);
     }
 
-    fn give_back(&mut self, used: &Use) {
-        let Some(index) = self.nodes.iter().position(|node| node.used == *used) else { return };
+    fn give_back(&mut self, is_it: impl Fn(&Use) -> bool) {
+        let Some(index) = self.nodes.iter().position(|node| is_it(&node.used)) else { return };
         if !self.nodes[index].named {
             self.nodes.remove(index);
             return;
@@ -424,8 +427,8 @@ mod tests {
         let mut nodes = Nodes::new([(None, through), (Some("b".into()), spec("b"))]);
         for (disk, name, cache) in [(0, "t", Cache::Writethrough), (1, "u", Cache::Writeback)] {
             nodes.add(Some(name.into()), true, spec(name), &[]).unwrap();
-            assert_eq!(nodes.lend(name, disk).unwrap().0.cache(), cache);
-            assert!(nodes.lend(name, disk).is_err());
+            assert_eq!(nodes.lend(name, disk, JobKind::Mirror).unwrap().0.cache(), cache);
+            assert!(nodes.lend(name, disk, JobKind::Mirror).is_err());
         }
     }
 
@@ -437,7 +440,7 @@ mod tests {
         let mut nodes = Nodes::new([(None, NodeSpec::new(NodeSource::Path("/a".into())))]);
         std::fs::write(&path, [0; 512]).unwrap();
         nodes.add(Some("t".into()), true, spec(), &[]).unwrap();
-        drop(nodes.lend("t", 0).unwrap());
+        drop(nodes.lend("t", 0, JobKind::Mirror).unwrap());
         std::fs::remove_file(&path).unwrap();
         nodes.detached(0);
         let text = format!("Could not open '{}': No such file or directory", path.display());

@@ -45,11 +45,11 @@ pub struct Jobs {
     pub nodes: Nodes,
     pub(super) entries: Vec<Entry>,
     pub(super) pivoting: Pivoting,
-    numbers: u64,
+    pub(super) numbers: u64,
     /// What comes after the reply to the command that caused it.
     due: VecDeque<(u64, Report)>,
     /// By disk: mirrors whose end was waited for, and whose report is still on its way.
-    heard_of: Vec<u32>,
+    pub(super) heard_of: Vec<u32>,
     pub(super) events: Vec<Event>,
     pub(super) post: Post,
 }
@@ -93,6 +93,11 @@ impl Jobs {
         if !matches!(request, Request::SetSpeed(_)) {
             self.check_not_pivoting(index)?;
         }
+        if let (Request::Finalize, Some(group)) = (request, self.entries[index].group) {
+            self.entries[index].job.check(Verb::Finalize).map_err(JobRefused::from)?;
+            self.finish_group(group, disks);
+            return Ok(());
+        }
         // What is done and what remains, as of now: a mirror that ends takes it along.
         self.entries[index].refresh(disks);
         let steps = self.entries[index].job.ask(request)?;
@@ -110,8 +115,11 @@ impl Jobs {
     pub fn change_mode(&mut self, disks: &dyn Disks, id: &str, wanted: CopyMode) -> Result<(), Error> {
         let index = self.find(Family::BlockJob, id)?;
         self.entries[index].job.check(Verb::Change).map_err(JobRefused::from)?;
+        let kind = self.entries[index].job.kind();
+        let unfit = || Err(Error::generic("Job type does not support change"));
         match &mut self.entries[index].work {
-            Work::Create(_) => Err(Error::generic("Job type does not support change")),
+            Work::Create(_) => unfit(),
+            Work::Mirror { .. } if kind != JobKind::Mirror => unfit(),
             Work::Mirror { mode, .. } if *mode == wanted => Ok(()),
             Work::Mirror { .. } if wanted == CopyMode::Background => {
                 Err(Error::generic("Change to copy mode 'background' is not implemented"))
@@ -157,8 +165,8 @@ impl Jobs {
     }
 
     /// The job that works on disk `disk`, if there is one.
-    pub fn on_disk(&self, disk: usize) -> Option<&str> {
-        self.mirror_of(disk).map(|index| self.entries[index].job.id())
+    pub fn on_disk(&self, disk: usize) -> Option<&Job> {
+        self.mirror_of(disk).map(|index| &self.entries[index].job)
     }
 }
 
@@ -246,11 +254,14 @@ impl Jobs {
     }
 
     pub(super) fn start(&mut self, options: JobOptions, work: Work) -> u64 {
+        self.enlist(Job::start(options), work, None)
+    }
+
+    pub(super) fn enlist(&mut self, (job, steps): (Job, Vec<Step>), work: Work, group: Option<u64>) -> u64 {
         let number = self.numbers;
         self.numbers += 1;
-        let (job, steps) = Job::start(options);
-        let entry = Entry { number, job, work, progress: (0, 0), actively_synced: false, leaving: None };
-        self.entries.push(entry);
+        let (progress, actively_synced, leaving) = ((0, 0), false, None);
+        self.entries.push(Entry { number, group, job, work, progress, actively_synced, leaving });
         self.publish(number, &steps);
         number
     }
@@ -324,8 +335,9 @@ impl Jobs {
 
     /// Gives orders and tells clients, in the order of `steps`. A switch is waited for, any other end if `wait`.
     pub(super) fn carry_out(&mut self, number: u64, steps: Vec<Step>, disks: &dyn Disks, wait: bool) {
+        let group = self.position(number).and_then(|index| self.entries[index].group);
         for step in steps {
-            let Some(index) = self.position(number) else { return };
+            let Some(index) = self.position(number) else { break };
             let Step::Order(order) = step else {
                 self.publish(number, &[step]);
                 continue;
@@ -347,6 +359,9 @@ impl Jobs {
                 }
                 Work::Mirror { attached: false, .. } => {}
             }
+        }
+        if let Some(group) = group {
+            self.rally(group, disks);
         }
     }
 
@@ -385,7 +400,7 @@ impl Jobs {
     }
 
     /// Tells clients. A job that is gone is forgotten.
-    fn publish(&mut self, number: u64, steps: &[Step]) {
+    pub(super) fn publish(&mut self, number: u64, steps: &[Step]) {
         let Some(index) = self.position(number) else { return };
         for step in steps {
             let Step::Note(note) = step else { continue };

@@ -1,11 +1,12 @@
 //! Disks that do what they are told only on paper.
 
 use std::cell::RefCell;
+use std::rc::Rc;
 use std::time::Duration;
 
 use block::{CopyMode, Disk, EngineOptions, MirrorOptions, MirrorStatus};
 
-use super::disks::{Answer, DiskFacts, Disks, NotDone};
+use super::disks::{Answer, DiskFacts, Disks, Held, NotDone};
 use super::lifecycle::Order;
 
 /// Two disks, `disk0` and `disk1`, of [`SIZE`] bytes.
@@ -19,12 +20,16 @@ pub const SIZE: u64 = 64 << 10;
 struct State {
     targets: [Option<Disk>; 2],
     options: Option<MirrorOptions>,
+    /// What was held, attached and let go.
+    log: Rc<RefCell<Vec<String>>>,
     orders: Vec<(usize, Order)>,
     progress: (u64, u64),
     /// What the next order to end is answered with.
     failure: Option<NotDone>,
     /// What the next start is.
     refusal: Option<NotDone>,
+    /// What the next backup of that disk is.
+    refused: Option<(usize, NotDone)>,
 }
 
 impl FakeDisks {
@@ -34,7 +39,12 @@ impl FakeDisks {
         orders.iter().map(|(disk, order)| format!("{disk} {order:?}")).collect()
     }
 
-    /// How the last mirror was asked for.
+    /// What was held, attached and let go since the last call.
+    pub fn moments(&self) -> Vec<String> {
+        std::mem::take(&mut self.0.borrow().log.borrow_mut())
+    }
+
+    /// How the last mirror or backup was asked for.
     pub fn options(&self) -> MirrorOptions {
         self.0.borrow().options.clone().unwrap()
     }
@@ -49,9 +59,34 @@ impl FakeDisks {
         self.0.borrow_mut().failure = Some(error);
     }
 
-    /// The next mirror does not begin.
+    /// The next mirror or backup does not begin.
     pub fn refuse_start(&self, error: NotDone) {
         self.0.borrow_mut().refusal = Some(error);
+    }
+
+    /// The next backup of this disk does not begin.
+    pub fn refuse_backup(&self, disk: usize, error: NotDone) {
+        self.0.borrow_mut().refused = Some((disk, error));
+    }
+
+    fn start(&self, disk: usize, target: Disk, options: MirrorOptions) -> Result<(), NotDone> {
+        let mut state = self.0.borrow_mut();
+        if let Some(error) = state.refusal.take() {
+            return Err(error);
+        }
+        assert!(state.targets[disk].is_none());
+        state.targets[disk] = Some(target);
+        state.options = Some(options);
+        Ok(())
+    }
+}
+
+/// Logs its end.
+struct Hold(Rc<RefCell<Vec<String>>>);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.borrow_mut().push("let go".into());
     }
 }
 
@@ -71,14 +106,26 @@ impl Disks for FakeDisks {
         _: EngineOptions,
         options: MirrorOptions,
     ) -> Result<(), NotDone> {
-        let mut state = self.0.borrow_mut();
-        if let Some(error) = state.refusal.take() {
-            return Err(error);
-        }
-        assert!(state.targets[disk].is_none());
-        state.targets[disk] = Some(target);
-        state.options = Some(options);
-        Ok(())
+        self.start(disk, target, options)
+    }
+
+    fn start_backup(
+        &self,
+        disk: usize,
+        target: Disk,
+        _: EngineOptions,
+        options: MirrorOptions,
+    ) -> Result<(), NotDone> {
+        self.0.borrow().log.borrow_mut().push(format!("attach {disk}"));
+        let refused = self.0.borrow_mut().refused.take_if(|(of, _)| *of == disk);
+        refused.map_or(Ok(()), |(_, error)| Err(error))?;
+        self.start(disk, target, options)
+    }
+
+    fn hold(&self, disks: &[usize]) -> Result<Held, NotDone> {
+        let log = Rc::clone(&self.0.borrow().log);
+        log.borrow_mut().push(format!("hold {disks:?}"));
+        Ok(Box::new(Hold(log)))
     }
 
     fn order(&self, disk: usize, order: Order) -> Answer {

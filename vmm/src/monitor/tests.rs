@@ -21,6 +21,7 @@ use crate::jobs::{Disks, Jobs};
 use crate::pauses::{Holder, Pauses};
 use crate::run_state::RunState;
 
+mod backup;
 mod filters;
 mod jobs;
 mod pivot;

@@ -263,7 +263,7 @@ impl Link {
     }
 
     /// Tells the thread something that it does not answer.
-    fn order(&self, command: Command) {
+    pub(super) fn order(&self, command: Command) {
         let _ = self.commands.send(command);
         // Fails only when the counter is full, and then the thread has been woken already.
         let _ = self.wake.write(1);
@@ -273,11 +273,11 @@ impl Link {
 /// A disk at work, for as long as a VM has it: across resets and reboots, each of which makes a new
 /// [`Blk`] of it. Dropping it waits for requests in flight and ends the thread.
 pub struct BlkBackend {
-    link: Arc<Link>,
+    pub(super) link: Arc<Link>,
     thread: Option<JoinHandle<()>>,
     /// Disconnected when the thread is about to end.
     ended: mpsc::Receiver<()>,
-    filters: Option<Filters>,
+    pub(super) filters: Option<Filters>,
 }
 
 impl BlkBackend {
@@ -397,68 +397,6 @@ impl BlkBackend {
         self.link.tell("resize", |reply| Command::Resize { size: Some(size), reply })
     }
 
-    /// Begins to mirror the disk to `target`, once what is in flight is over. What becomes of it is told by
-    /// [`DiskEvent::Mirror`]. The target is as large as the disk, or larger: then as much of it is used.
-    ///
-    /// # Errors
-    ///
-    /// The host has no ring or no thread left for it; the target is closed.
-    pub fn start_mirror(
-        &self,
-        target: Disk,
-        engine: &EngineOptions,
-        options: MirrorOptions,
-    ) -> io::Result<Ticket<()>> {
-        self.start_copy("mirror", Purpose::Mirror, target, engine, options)
-    }
-
-    /// Begins to save to `target` what the disk holds once what is in flight is over: what the guest changes is copied
-    /// first, and its write waits for that. [`MirrorReport::Ready`](super::MirrorReport::Ready) tells that the backup is
-    /// complete and durable; then it is to be detached. The rest is as with [`Self::start_mirror`].
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::start_mirror`].
-    pub fn start_backup(
-        &self,
-        target: Disk,
-        engine: &EngineOptions,
-        options: MirrorOptions,
-    ) -> io::Result<Ticket<()>> {
-        self.start_copy("backup", Purpose::Backup, target, engine, options)
-    }
-
-    fn start_copy(
-        &self,
-        command: &'static str,
-        purpose: Purpose,
-        target: Disk,
-        engine: &EngineOptions,
-        options: MirrorOptions,
-    ) -> io::Result<Ticket<()>> {
-        // They come into force when the target becomes the disk.
-        let engine = EngineOptions { filters: self.filters.clone(), ..engine.clone() };
-        let target = Box::new(Engine::start(target, &engine)?);
-        Ok(self.link.tell(command, |reply| Command::StartCopy { purpose, target, options, reply }))
-    }
-
-    /// Takes no requests any more until the [`Hold`] is dropped; the ticket tells when nothing is in flight. Several disks
-    /// that are held at the same time show one moment of their guest.
-    pub fn hold(&self) -> (Hold, Ticket<()>) {
-        let ticket = self.link.tell("hold", |reply| Command::Hold { reply });
-        (Hold { link: Arc::clone(&self.link) }, ticket)
-    }
-
-    /// Tells the mirror or the backup something.
-    pub fn mirror(&self, order: MirrorOrder) -> Ticket<()> {
-        self.link.tell("mirror order", |reply| Command::Mirror { order, reply })
-    }
-
-    /// Where the mirror or the backup stands, as of a moment ago; `None` without one.
-    pub fn mirror_status(&self) -> Option<MirrorStatus> {
-        self.link.mirror.lock().clone()
-    }
-
     /// How long the guest's requests waited for the end of the last mirror, as far as they had to.
     pub fn held(&self) -> Option<Duration> {
         *self.link.held.lock()
@@ -467,18 +405,6 @@ impl BlkBackend {
     /// Learns a size that was changed from outside, and tells the guest. The answer is the new size.
     pub fn refresh_size(&self) -> Ticket<u64> {
         self.link.tell("refresh", |reply| Command::Resize { size: None, reply })
-    }
-}
-
-/// As long as it is there, the disk takes no requests: see [`BlkBackend::hold`].
-#[must_use = "the disk goes on when it is dropped"]
-pub struct Hold {
-    link: Arc<Link>,
-}
-
-impl Drop for Hold {
-    fn drop(&mut self) {
-        self.link.order(Command::LetGo);
     }
 }
 

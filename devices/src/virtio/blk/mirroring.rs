@@ -1,4 +1,4 @@
-//! The mirror of a disk as its thread sees it: what the owner orders, and when the guest is held for it.
+//! The mirror or the backup of a disk: what its owner orders, and when its thread holds the guest for it.
 //!
 //! ```text
 //!               start: drained                    quiesce: ready, little enough left
@@ -16,14 +16,16 @@
 //! writes faster than the mirror copies is not held in vain. While the gate is closed for it the guest's requests wait
 //! in their queues; held ones are tried again afterwards.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use block::{
-    CopyMode, Drive, Engine, MirrorAction, MirrorEvent, MirrorOperation, MirrorOptions, MirrorRefusal, Side,
+    CopyMode, Disk, Drive, Engine, EngineOptions, MirrorAction, MirrorEvent, MirrorOperation, MirrorOptions,
+    MirrorRefusal, MirrorStatus, Side,
 };
 
-use super::backend::{BlkError, Link, Reply};
+use super::backend::{BlkBackend, BlkError, Command, Link, Reply, Ticket};
 use super::policy::{DiskEvent, EventSink, MirrorReport};
 
 /// What a target becomes.
@@ -64,6 +66,83 @@ impl MirrorOrder {
     /// Whether it is carried out when the mirror has ended, and answered then.
     pub(super) fn is_end(self) -> bool {
         matches!(self, Self::Switch | Self::Detach)
+    }
+}
+
+/// The owner's side.
+impl BlkBackend {
+    /// Begins to mirror the disk to `target`, once what is in flight is over. What becomes of it is told by
+    /// [`DiskEvent::Mirror`]. The target is as large as the disk, or larger: then as much of it is used.
+    ///
+    /// # Errors
+    ///
+    /// The host has no ring or no thread left for it; the target is closed.
+    pub fn start_mirror(
+        &self,
+        target: Disk,
+        engine: &EngineOptions,
+        options: MirrorOptions,
+    ) -> io::Result<Ticket<()>> {
+        self.start_copy("mirror", Purpose::Mirror, target, engine, options)
+    }
+
+    /// Begins to save to `target` what the disk holds once what is in flight is over: what the guest changes is copied
+    /// first, and its write waits for that. [`MirrorReport::Ready`](super::MirrorReport::Ready) tells that the backup is
+    /// complete and durable; then it is to be detached. The rest is as with [`Self::start_mirror`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::start_mirror`].
+    pub fn start_backup(
+        &self,
+        target: Disk,
+        engine: &EngineOptions,
+        options: MirrorOptions,
+    ) -> io::Result<Ticket<()>> {
+        self.start_copy("backup", Purpose::Backup, target, engine, options)
+    }
+
+    fn start_copy(
+        &self,
+        command: &'static str,
+        purpose: Purpose,
+        target: Disk,
+        engine: &EngineOptions,
+        options: MirrorOptions,
+    ) -> io::Result<Ticket<()>> {
+        // They come into force when the target becomes the disk.
+        let engine = EngineOptions { filters: self.filters.clone(), ..engine.clone() };
+        let target = Box::new(Engine::start(target, &engine)?);
+        Ok(self.link.tell(command, |reply| Command::StartCopy { purpose, target, options, reply }))
+    }
+
+    /// Takes no requests any more until the [`Hold`] is dropped; the ticket tells when nothing is in flight. Several disks
+    /// that are held at the same time show one moment of their guest.
+    pub fn hold(&self) -> (Hold, Ticket<()>) {
+        let ticket = self.link.tell("hold", |reply| Command::Hold { reply });
+        (Hold { link: Arc::clone(&self.link) }, ticket)
+    }
+
+    /// Tells the mirror or the backup something.
+    pub fn mirror(&self, order: MirrorOrder) -> Ticket<()> {
+        self.link.tell("mirror order", |reply| Command::Mirror { order, reply })
+    }
+
+    /// Where the mirror or the backup stands, as of a moment ago; `None` without one.
+    pub fn mirror_status(&self) -> Option<MirrorStatus> {
+        self.link.mirror.lock().clone()
+    }
+}
+
+/// As long as it is there, the disk takes no requests: see [`BlkBackend::hold`].
+#[must_use = "the disk goes on when it is dropped"]
+pub struct Hold {
+    link: Arc<Link>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.link.order(Command::LetGo);
     }
 }
 

@@ -31,6 +31,7 @@ mod policy;
 mod request;
 mod session;
 mod statistics;
+mod token;
 mod worker;
 
 use std::io;
@@ -45,9 +46,9 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-pub use self::backend::{BlkBackend, BlkError, BlkFacts, BlkOptions, Hold, StartError, Ticket};
+pub use self::backend::{BlkBackend, BlkError, BlkFacts, BlkOptions, StartError, Ticket};
 use self::backend::{Command, Link};
-pub use self::mirroring::MirrorOrder;
+pub use self::mirroring::{Hold, MirrorOrder};
 pub use self::policy::{DiskEvent, DiskOperation, ErrorAction, ErrorPolicy, MirrorReport};
 use self::request::{SECTOR, SEG_MAX};
 pub use self::statistics::BlkStatistics;

@@ -15,8 +15,8 @@ use vm_memory::{Bytes as _, GuestAddress};
 use super::*;
 use crate::testing::{Buffer, FakeDriver, INDIRECT, NEXT, PATIENCE, Random, Used, WILD_ADDRESS, WRITE};
 
-mod filters;
 mod backup;
+mod filters;
 mod mirror;
 
 const MIB: usize = 1 << 20;

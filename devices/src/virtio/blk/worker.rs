@@ -29,44 +29,12 @@ use super::mirroring::{self, Changed, Mirroring, Purpose};
 use super::policy::{DiskEvent, ErrorPolicy, EventSink, MirrorReport};
 use super::request::ID_BYTES;
 use super::session::{Host, Session};
+use super::token::Token;
 
 /// Tokens of flushes that no guest has asked for; a session's are indices.
 const OWN: u64 = 1 << 63;
 /// Descriptors looked at in one go.
 const EVENTS: usize = 16;
-
-/// What wakes the thread.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Token {
-    Command,
-    Engine,
-    /// Of the mirror's target.
-    Target,
-    /// Of a queue.
-    Doorbell(usize),
-}
-
-impl From<Token> for u64 {
-    fn from(token: Token) -> Self {
-        match token {
-            Token::Command => 0,
-            Token::Engine => 1,
-            Token::Target => 2,
-            Token::Doorbell(queue) => 3 + queue as u64,
-        }
-    }
-}
-
-impl From<u64> for Token {
-    fn from(data: u64) -> Self {
-        match data {
-            0 => Self::Command,
-            1 => Self::Engine,
-            2 => Self::Target,
-            queue => Self::Doorbell(usize::try_from(queue - 3).unwrap_or(usize::MAX)),
-        }
-    }
-}
 
 /// Somebody who needs that nothing is in flight.
 enum Waiter {

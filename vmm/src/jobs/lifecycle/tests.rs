@@ -277,3 +277,40 @@ fn a_job_without_a_disk_is_simply_done() {
     assert_eq!(heard(&mut job, Report::Done), "CANCELLED concluded");
     assert_eq!(job.error(), Some("Operation canceled"));
 }
+
+fn backup() -> JobOptions {
+    JobOptions { id: "b0".into(), kind: JobKind::Backup, ..options() }
+}
+
+#[test]
+fn a_backup_has_no_ready_and_ends_by_itself() {
+    let (mut job, steps) = Job::start(backup());
+    assert_eq!(shown(&steps), "created running");
+    assert_eq!(heard(&mut job, Report::Ready), "waiting pending >Detach");
+    assert_eq!(refused(&mut job, FORCE), "Job 'b0' in state 'pending' cannot accept command verb 'cancel'");
+    assert_eq!(heard(&mut job, Report::Detached), "COMPLETED concluded null");
+    let (mut job, _) = Job::start(JobOptions { auto_finalize: false, ..backup() });
+    assert_eq!(heard(&mut job, Report::Ready), "waiting pending PENDING");
+    assert_eq!(asked(&mut job, FORCE), "aborting >Detach");
+    assert_eq!(heard(&mut job, Report::Detached), "CANCELLED concluded null");
+}
+
+#[test]
+fn a_job_of_a_group_waits_until_it_is_told_that_the_others_wait_too() {
+    for (auto_finalize, together) in [(true, "pending"), (false, "pending PENDING")] {
+        let (mut job, steps) = Job::create(JobOptions { auto_finalize, ..backup() });
+        job.join();
+        assert_eq!((shown(&steps), shown(&job.begin())), ("created".into(), "running".into()));
+        assert_eq!(heard(&mut job, Report::Ready), "waiting");
+        assert_eq!(heard(&mut job, Report::Ready), "");
+        assert_eq!(shown(&job.go_together()), together);
+        assert_eq!(asked(&mut job, Request::Finalize), ">Detach");
+        assert_eq!(heard(&mut job, Report::Detached), "COMPLETED concluded null");
+    }
+}
+
+#[test]
+fn a_job_that_never_begins_leaves_nothing() {
+    let (mut job, _) = Job::create(JobOptions { auto_dismiss: false, ..backup() });
+    assert_eq!(shown(&job.discard()), "aborting concluded null");
+}

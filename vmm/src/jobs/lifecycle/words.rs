@@ -107,7 +107,7 @@ impl Request {
 /// What the disk reports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Report {
-    /// The copy is complete and is kept up.
+    /// The copy is complete: that of a mirror is kept up, a backup is over.
     Ready,
     /// Something could not be read or written.
     Error {

@@ -124,9 +124,10 @@ fn block_resize(call: &mut Call<'_>) -> Result<Value, Error> {
         let (device, node) = (device.unwrap_or_default(), node.unwrap_or_default());
         return Err(Error::generic(format!("Cannot find device='{device}' nor node-name='{node}'")));
     };
-    if jobs.on_disk(index).is_some() {
+    if let Some(job) = jobs.on_disk(index) {
         let node = roots[index].as_ref().map_or("", |root| &root.name);
-        let text = format!("Node '{node}' is busy: block device is in use by block job: mirror");
+        let text =
+            format!("Node '{node}' is busy: block device is in use by block job: {}", job.kind().name());
         return Err(Error::generic(text));
     }
     call.vm.resize_disk(index, size)?;

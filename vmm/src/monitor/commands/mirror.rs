@@ -4,6 +4,7 @@ use block::OnError;
 use protocol::{Args, Error};
 use serde_json::Value;
 
+use super::super::fds::FdSets;
 use super::super::schema::{EMPTY, Member, Object, Type, optional, required};
 use super::super::vm::BlockLayer;
 use super::jobs::COPY_MODE_TABLE;
@@ -30,20 +31,22 @@ pub(super) const COPY_MODES: &[&str] = &["background", "write-blocking"];
 const SYNC_MODES: &[&str] = &["top", "full", "none", "incremental", "bitmap"];
 const ON_ERROR: &[&str] = &["report", "ignore", "enospc", "stop", "auto"];
 
-// Both take these.
-const JOB_ID: Member = optional("job-id", Type::Str);
-const DEVICE: Member = required("device", Type::Str);
-const TARGET: Member = required("target", Type::Str);
+// More than one of the commands that copy a disk takes these.
+pub(super) const JOB_ID: Member = optional("job-id", Type::Str);
+pub(super) const DEVICE: Member = required("device", Type::Str);
+pub(super) const TARGET: Member = required("target", Type::Str);
 const REPLACES: Member = optional("replaces", Type::Str);
-const SYNC: Member = required("sync", Type::Enum(SYNC_MODES));
-const SPEED: Member = optional("speed", Type::Int);
+pub(super) const SYNC: Member = required("sync", Type::Enum(SYNC_MODES));
+pub(super) const SPEED: Member = optional("speed", Type::Int);
 const GRANULARITY: Member = optional("granularity", Type::Int);
 const BUF_SIZE: Member = optional("buf-size", Type::Int);
-const ON_SOURCE_ERROR: Member = optional("on-source-error", Type::Enum(ON_ERROR));
-const ON_TARGET_ERROR: Member = optional("on-target-error", Type::Enum(ON_ERROR));
+pub(super) const ON_SOURCE_ERROR: Member = optional("on-source-error", Type::Enum(ON_ERROR));
+pub(super) const ON_TARGET_ERROR: Member = optional("on-target-error", Type::Enum(ON_ERROR));
 const COPY_MODE: Member = optional("copy-mode", Type::Enum(COPY_MODES));
-const AUTO_FINALIZE: Member = optional("auto-finalize", Type::Bool);
-const AUTO_DISMISS: Member = optional("auto-dismiss", Type::Bool);
+pub(super) const FORMAT: Member = optional("format", Type::Str);
+pub(super) const MODE: Member = optional("mode", Type::Enum(&["existing", "absolute-paths"]));
+pub(super) const AUTO_FINALIZE: Member = optional("auto-finalize", Type::Bool);
+pub(super) const AUTO_DISMISS: Member = optional("auto-dismiss", Type::Bool);
 
 static BLOCKDEV_MIRROR: Object = Object::new(&[
     JOB_ID,
@@ -65,11 +68,11 @@ static DRIVE_MIRROR: Object = Object::new(&[
     JOB_ID,
     DEVICE,
     TARGET,
-    optional("format", Type::Str),
+    FORMAT,
     optional("node-name", Type::Str),
     REPLACES,
     SYNC,
-    optional("mode", Type::Enum(&["existing", "absolute-paths"])),
+    MODE,
     SPEED,
     GRANULARITY,
     BUF_SIZE,
@@ -90,14 +93,7 @@ fn blockdev_mirror(call: &mut Call<'_>) -> Result<Value, Error> {
 }
 
 fn drive_mirror(call: &mut Call<'_>) -> Result<Value, Error> {
-    let filename = call.args.string("target")?;
-    let mode = call.args.optional_string("mode")?;
-    let target = Target::Image {
-        source: source(call.fdsets, &filename, false)?,
-        format: call.args.optional_string("format")?,
-        node_name: call.args.optional_string("node-name")?,
-        existing: mode.as_deref() == Some("existing"),
-    };
+    let target = image(call.fdsets, &mut call.args)?;
     let mut request = request(&mut call.args, target)?;
     request.unmap = call.args.optional_bool("unmap")?.unwrap_or(true);
     let BlockLayer { jobs, disks } = call.vm.block();
@@ -105,16 +101,7 @@ fn drive_mirror(call: &mut Call<'_>) -> Result<Value, Error> {
 }
 
 fn request(args: &mut Args, target: Target) -> Result<MirrorRequest, Error> {
-    let sync = args.choice(
-        "sync",
-        &[
-            ("full", Sync::Full),
-            ("top", Sync::Top),
-            ("none", Sync::None),
-            ("incremental", Sync::Incremental),
-            ("bitmap", Sync::Bitmap),
-        ],
-    )?;
+    let sync = sync(args)?;
     let default = MirrorRequest::new(args.string("device")?, target, sync);
     let granularity = match args.optional_int("granularity")? {
         None => 0,
@@ -137,8 +124,30 @@ fn request(args: &mut Args, target: Target) -> Result<MirrorRequest, Error> {
     })
 }
 
+/// The target of `drive-mirror` and `drive-backup`.
+pub(super) fn image(fdsets: &FdSets, args: &mut Args) -> Result<Target, Error> {
+    let filename = args.string("target")?;
+    Ok(Target::Image {
+        source: source(fdsets, &filename, false)?,
+        format: args.optional_string("format")?,
+        node_name: args.optional_string("node-name")?,
+        existing: args.optional_string("mode")?.as_deref() == Some("existing"),
+    })
+}
+
+pub(super) fn sync(args: &mut Args) -> Result<Sync, Error> {
+    let table = [
+        ("full", Sync::Full),
+        ("top", Sync::Top),
+        ("none", Sync::None),
+        ("incremental", Sync::Incremental),
+        ("bitmap", Sync::Bitmap),
+    ];
+    args.choice("sync", &table)
+}
+
 /// `auto` is `enospc` for a job, as in QEMU.
-fn on_error(args: &mut Args, name: &str) -> Result<OnError, Error> {
+pub(super) fn on_error(args: &mut Args, name: &str) -> Result<OnError, Error> {
     let table = [
         ("report", OnError::Report),
         ("ignore", OnError::Ignore),

@@ -8,6 +8,7 @@
 //! `guest-info`. [`is_relayed`] tells them apart.
 
 mod agent;
+mod backup;
 mod block;
 mod fds;
 mod filters;
@@ -18,6 +19,7 @@ mod mirror;
 mod nodes;
 mod pivot;
 mod run_state;
+mod transaction;
 
 use protocol::{Args, Error};
 use serde_json::Value;
@@ -73,6 +75,8 @@ static TABLES: &[&[Command]] = &[
     block::COMMANDS,
     nodes::COMMANDS,
     mirror::COMMANDS,
+    backup::COMMANDS,
+    transaction::COMMANDS,
     pivot::COMMANDS,
     jobs::COMMANDS,
     fds::COMMANDS,

@@ -97,7 +97,7 @@ fn reopen(call: &mut Call<'_>) -> Result<Value, Error> {
     let found = (0..disks.count()).find(|disk| disks.facts(*disk).device == device);
     let disk = found.ok_or_else(|| Error::device_not_found(&device))?;
     let target = jobs.nodes.target(disk).filter(|target| target.filename == filename);
-    let job = jobs.on_disk(disk).filter(|_| target.is_some()).map(str::to_owned);
+    let job = jobs.on_disk(disk).filter(|_| target.is_some()).map(|job| job.id().to_owned());
     let Some(job) = job else {
         return Err(Error::generic(format!(
             "Disk '{device}' is not mirrored to '{filename}': only an image that holds what the disk holds can replace it"

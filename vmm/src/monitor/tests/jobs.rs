@@ -92,8 +92,13 @@ impl Play {
 
     /// What clients are told when the disk reports this.
     pub(super) fn hear(&mut self, report: Report) -> String {
+        self.hear_of(0, report)
+    }
+
+    /// What clients are told when this disk reports this.
+    pub(super) fn hear_of(&mut self, disk: usize, report: Report) -> String {
         let vm = &mut self.lab.vm;
-        vm.jobs.hear(&vm.disks, 0, report);
+        vm.jobs.hear(&vm.disks, disk, report);
         self.told()
     }
 

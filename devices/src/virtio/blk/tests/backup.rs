@@ -70,7 +70,8 @@ fn disks_that_are_held_together_show_one_moment() {
         assert_eq!(rig.write(0, &[1; 4096]), OK);
     }
     let holds: Vec<_> = rigs.iter().map(|rig| rig.backend.hold()).collect();
-    let holds: Vec<_> = holds.into_iter().map(|(hold, ticket)| (hold, ticket.wait(PATIENCE).unwrap())).collect();
+    let holds: Vec<_> =
+        holds.into_iter().map(|(hold, ticket)| (hold, ticket.wait(PATIENCE).unwrap())).collect();
     // These wait, whatever else is done with the disk meanwhile.
     for rig in &mut rigs {
         rig.send_write(0, &[2; 4096]);
