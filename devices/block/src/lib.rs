@@ -58,6 +58,7 @@ pub use engine::fault::{Fault, Faults};
 pub use engine::filter::Filters;
 pub use engine::filter::fault::{FaultOperation, FaultRule, FaultStatus, MAX_DELAY, MAX_RULES, RuleError};
 pub use engine::filter::throttle::{LimitsError, MAX_RATE, Rate, Rates, ThrottleLimits};
+pub use engine::filter::volatile::MAX_UNFLUSHED;
 pub use engine::{Buffer, CallKind, Completion, Engine, EngineKind, EngineOptions, Extent, Operation};
 pub use errno::{Errno, UnknownErrno};
 pub use error::{Holder, OpenError, ResizeError};

@@ -51,7 +51,9 @@ pub use self::options::{
     MirrorRefusal, MirrorStatus, MirrorSync, OnError, Side,
 };
 use crate::disk::Disk;
+use crate::engine::filter::Filters;
 use crate::engine::{Completion, Engine, EngineKind, Operation};
+use crate::error::ResizeError;
 
 /// Rounds that one call may take before it lets others work.
 const ROUNDS: usize = 4;
@@ -133,9 +135,13 @@ impl Drive {
         self.source.disk()
     }
 
-    /// That disk, to resize it, which is not to be done while it is mirrored. See [`Engine::disk_mut`].
-    pub fn disk_mut(&mut self) -> &mut Disk {
-        self.source.disk_mut()
+    /// As [`Engine::resize`], of that disk, which is not to be done while it is mirrored.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::resize`].
+    pub fn resize(&mut self, size: Option<u64>) -> Result<u64, ResizeError> {
+        self.source.resize(size)
     }
 
     /// The disk it is mirrored to.
@@ -153,9 +159,17 @@ impl Drive {
         self.mirror.as_ref().map(|mirrored| mirrored.target.event())
     }
 
-    /// As [`Engine::set_throttled`], for the guest's operations; a mirror's own are not limited.
+    /// The handle on the limits and faults of the disk that the guest works on, as [`Engine::node_filters`].
+    pub fn node_filters(&self) -> Option<&Filters> {
+        self.source.node_filters()
+    }
+
+    /// As [`Engine::set_throttled`], of both images.
     pub fn set_throttled(&mut self, throttled: bool) {
         self.source.set_throttled(throttled);
+        if let Some(mirrored) = &mut self.mirror {
+            mirrored.target.set_throttled(throttled);
+        }
     }
 
     /// Operations queued by the caller whose completions were not reaped.
@@ -314,7 +328,7 @@ impl Drive {
             sync_errors_stay: !target.disk().is_direct(),
         };
         let core = Mirror::new(kind, images, options, limits);
-        // Limits and faults are the device's: they are about what it works on.
+        // The device's limits and faults are about what it works on.
         target.set_filtering(false);
         self.mirror = Some(Box::new(Mirrored { target, core, results: Vec::new() }));
     }

@@ -92,6 +92,43 @@ pub(crate) unsafe fn copy(buffers: &[Buffer], mut skip: u64, slice: &mut [u8], d
     }
 }
 
+/// Copies `bytes` to the place from `skip` on that `buffers` describe, as far as it reaches.
+///
+/// # Safety
+///
+/// As [`copy`], to scatter.
+pub(crate) unsafe fn scatter(buffers: &[Buffer], mut skip: u64, mut bytes: &[u8]) {
+    for buffer in buffers {
+        if skip >= buffer.len() as u64 {
+            skip -= buffer.len() as u64;
+            continue;
+        }
+        // Below buffer.len().
+        let start = usize::try_from(skip).unwrap_or(usize::MAX);
+        skip = 0;
+        let (now, rest) = bytes.split_at(bytes.len().min(buffer.len() - start));
+        let theirs = buffer.base().wrapping_add(start);
+        // SAFETY: both are valid for as many bytes and apart, by the contract.
+        unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), theirs, now.len()) };
+        bytes = rest;
+    }
+}
+
+/// The same with `length` zeroes.
+///
+/// # Safety
+///
+/// As [`copy`], to scatter.
+pub(crate) unsafe fn clear(buffers: &[Buffer], skip: u64, length: u64) {
+    let mut at = 0;
+    while at < length {
+        let now = usize::try_from(length - at).unwrap_or(usize::MAX).min(ZEROES);
+        // SAFETY: by the contract.
+        unsafe { scatter(buffers, skip + at, &ZERO_PAGES.0[..now]) };
+        at += now as u64;
+    }
+}
+
 /// Zeroed memory with an alignment.
 pub(crate) struct Aligned {
     base: NonNull<u8>,

@@ -8,7 +8,8 @@
 //!   reap() ◀── Completion ◀── refused      slots full       everything behind it waits
 //! ```
 //!
-//! Before it is checked, an operation may have to pass [`filter`]: limits, and faults that users ask for.
+//! Before it is checked, an operation may have to pass [`filter`]: limits, and faults that users ask for. What is checked
+//! may stay in a volatile cache: [`cached`].
 //!
 //! What an operation needs beyond one call (the rest of a short transfer, a fallback, a bounce
 //! buffer) is a [`task::Task`]'s business and the same whoever makes the calls; a [`Backend`] makes
@@ -16,6 +17,7 @@
 
 #![expect(unsafe_code, reason = "the caller's memory is read and written while calls are in flight")]
 
+mod cached;
 pub(crate) mod call;
 pub(crate) mod fault;
 pub(crate) mod filter;
@@ -28,17 +30,20 @@ mod uring;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use self::cached::Patch;
 use self::call::Call;
 pub use self::call::CallKind;
 use self::fault::Faults;
+use self::filter::volatile::VolatileCache;
 use self::filter::{Asked, Filter, Filters};
 pub use self::memory::Buffer;
 pub use self::operation::{Completion, Extent, Operation};
 use self::task::{Lacks, Progress, Target, Task, Zeroes};
 use crate::disk::Disk;
 use crate::errno::Errno;
+use crate::error::ResizeError;
 use crate::event::wait_readable;
 use crate::options::Cache;
 
@@ -80,13 +85,15 @@ pub struct EngineOptions {
     pub depth: u32,
     /// Errors and delays of calls to make up, for tests of everything above.
     pub faults: Option<Faults>,
-    /// Limits, and faults that users ask for.
+    /// Limits and faults of the device that works on the disk.
     pub filters: Option<Filters>,
+    /// Limits and faults of the disk itself, whoever works on it.
+    pub node_filters: Option<Filters>,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { kind: None, depth: 128, faults: None, filters: None }
+        Self { kind: None, depth: 128, faults: None, filters: None, node_filters: None }
     }
 }
 
@@ -97,6 +104,16 @@ struct Slot {
     aside: bool,
     /// It fails when it is done.
     fails: Option<Errno>,
+    /// What the volatile cache has to say about the result.
+    patch: Option<Patch>,
+    /// It is the volatile cache's own, and the token its order.
+    settles: bool,
+}
+
+impl Slot {
+    fn new(token: u64, task: Task) -> Self {
+        Self { token, task, aside: false, fails: None, patch: None, settles: false }
+    }
 }
 
 /// A disk at work.
@@ -106,7 +123,11 @@ pub struct Engine {
     disk: Disk,
     backend: Box<dyn Backend>,
     // Volatile.
-    filter: Option<Filter>,
+    /// What stands in front: the device's first, then the node's.
+    device: Option<Filter>,
+    node: Option<Filter>,
+    /// Its data outlives the calls that write it: the drop waits for them.
+    cache: Option<VolatileCache>,
     target: Target,
     slots: Vec<Option<Slot>>,
     free: Vec<u32>,
@@ -148,7 +169,7 @@ impl Engine {
             None => backend,
         };
         let mut engine = Self::with_backend(disk, kind, backend, depth);
-        engine.set_filters(options.filters.clone())?;
+        engine.set_filters(options.filters.clone(), options.node_filters.clone())?;
         Ok(engine)
     }
 
@@ -166,7 +187,9 @@ impl Engine {
             kind,
             disk,
             backend,
-            filter: None,
+            device: None,
+            node: None,
+            cache: None,
             target,
             slots: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
@@ -190,22 +213,38 @@ impl Engine {
         &self.disk
     }
 
-    /// The disk, to resize it. Its size may shrink only while nothing is in flight.
-    pub fn disk_mut(&mut self) -> &mut Disk {
-        &mut self.disk
+    /// Changes the disk's size, in bytes, or learns what it has become. It may shrink only while nothing is in flight.
+    ///
+    /// # Errors
+    ///
+    /// As [`Disk::resize`] and [`Disk::refresh_size`].
+    pub fn resize(&mut self, size: Option<u64>) -> Result<u64, ResizeError> {
+        // What is kept for what will not be there is in nobody's way then.
+        self.write_out();
+        let size = match size {
+            Some(size) => self.disk.resize(size).map(|()| size)?,
+            None => self.disk.refresh_size()?,
+        };
+        if let Some(cache) = &mut self.cache {
+            cache.truncate(size);
+        }
+        Ok(size)
     }
 
     /// Readable while completions wait that the host has sent. Level-triggered, nothing to read.
     pub fn event(&self) -> BorrowedFd<'_> {
-        self.filter.as_ref().map_or_else(|| self.backend.event(), Filter::event)
+        let filter = self.device.as_ref().or(self.node.as_ref());
+        filter.map_or_else(|| self.backend.event(), Filter::event)
     }
 
     /// Operations queued whose completions were not reaped.
     pub fn in_flight(&self) -> usize {
         // Many may ride on the one sync.
         let calls = self.active() - usize::from(!self.syncing.is_empty());
-        let held = self.filter.as_ref().map_or(0, Filter::held);
-        held + calls + self.syncing.len() + self.sync_due.len() + self.waiting.len() + self.done.len()
+        let held: usize = self.device.iter().chain(&self.node).map(Filter::held).sum();
+        let (kept, own) = self.cache.as_ref().map_or((0, 0), |cache| (cache.held(), cache.in_flight()));
+        held + kept + calls + self.syncing.len() + self.sync_due.len() + self.waiting.len() + self.done.len()
+            - own
     }
 
     /// Takes an operation, which starts at the next [`Self::submit`]. It always completes: what is out
@@ -236,31 +275,32 @@ impl Engine {
     ///
     /// As [`Self::queue`].
     unsafe fn take(&mut self, token: u64, operation: Operation, aside: bool) {
-        let asked = Asked { token, operation: Some(operation), aside, fails: None };
-        match &mut self.filter {
-            Some(filter) if filter.is_active() => {
-                filter.offer(asked, Instant::now());
-                self.admit();
-            }
-            _ => self.accept(asked),
-        }
+        self.offer(Asked { token, operation: Some(operation), aside, fails: None });
     }
 
     /// Takes an operation that has passed the filter. What its buffers must be is the contract of [`Self::queue`].
     fn accept(&mut self, asked: Asked) {
         let Asked { token, operation, aside, fails } = asked;
+        let kept = operation.clone().filter(|_| self.cache.is_some());
         match operation.map_or(Ok(None), |operation| self.check(operation)) {
-            Ok(Some(Task::Sync)) => {
-                self.sync_due.push(token);
-                self.dispatch();
-            }
             Ok(Some(task)) => {
-                self.waiting.push_back(Slot { token, task, aside, fails });
-                self.dispatch();
+                let slot = Slot { aside, fails, ..Slot::new(token, task) };
+                match kept {
+                    Some(operation) => self.accept_cached(operation, slot),
+                    None => self.start_task(slot),
+                }
             }
             Ok(None) => self.done.push(Completion { token, result: fails.map_or(Ok(()), Err) }),
             Err(errno) => self.done.push(Completion { token, result: Err(errno) }),
         }
+    }
+
+    fn start_task(&mut self, slot: Slot) {
+        match slot.task {
+            Task::Sync => self.sync_due.push(slot.token),
+            _ => self.waiting.push_back(slot),
+        }
+        self.dispatch();
     }
 
     /// [`Self::queue`] for [`Operation::Flush`], which needs no memory.
@@ -285,13 +325,7 @@ impl Engine {
     ///
     /// As [`Self::submit`], which continues unfinished operations.
     pub fn reap(&mut self, completions: &mut Vec<Completion>) -> io::Result<()> {
-        let mut results = std::mem::take(&mut self.results);
-        self.backend.reap(&mut results);
-        let any = !results.is_empty();
-        for (slot, result) in results.drain(..) {
-            self.advance(slot, result);
-        }
-        self.results = results;
+        let any = self.take_results();
         let any = self.release_due() || any;
         completions.append(&mut self.done);
         if any {
@@ -299,6 +333,18 @@ impl Engine {
             self.backend.submit()?;
         }
         Ok(())
+    }
+
+    /// Goes on with what has results. Returns whether there were any.
+    fn take_results(&mut self) -> bool {
+        let mut results = std::mem::take(&mut self.results);
+        self.backend.reap(&mut results);
+        let any = !results.is_empty();
+        for (slot, result) in results.drain(..) {
+            self.advance(slot, result);
+        }
+        self.results = results;
+        any
     }
 
     /// Whether completions wait that [`Self::event`] does not show.
@@ -379,7 +425,7 @@ impl Engine {
         }
         if let Some(index) = self.free.pop() {
             self.syncing = std::mem::take(&mut self.sync_due);
-            self.slots[index as usize] = Some(Slot { token: 0, task: Task::Sync, aside: false, fails: None });
+            self.slots[index as usize] = Some(Slot::new(0, Task::Sync));
             self.call(index);
         }
     }
@@ -418,30 +464,40 @@ impl Engine {
         match slot.task.advance(&mut self.target, result) {
             Progress::Next => self.call(index),
             Progress::Done(result) => {
-                let result = slot.fails.map_or(result, Err);
-                match &slot.task {
-                    Task::Sync => {
-                        let synced = self.syncing.drain(..);
-                        self.done.extend(synced.map(|token| Completion { token, result }));
-                    }
-                    task if self.sync_writes && task.is_write() && result.is_ok() => {
-                        self.sync_due.push(slot.token);
-                    }
-                    _ => self.done.push(Completion { token: slot.token, result }),
+                if let Some(slot) = self.slots[index as usize].take() {
+                    self.free.push(index);
+                    // An exclusive task was the only one.
+                    self.exclusive = false;
+                    self.complete(&slot, result);
                 }
-                self.slots[index as usize] = None;
-                self.free.push(index);
-                // An exclusive task was the only one.
-                self.exclusive = false;
             }
+        }
+    }
+
+    fn complete(&mut self, slot: &Slot, result: Result<(), Errno>) {
+        if let Some(patch) = slot.patch.as_ref().filter(|_| result.is_ok()) {
+            patch.apply();
+        }
+        let result = slot.fails.map_or(result, Err);
+        match &slot.task {
+            Task::Sync => {
+                let synced = self.syncing.drain(..);
+                self.done.extend(synced.map(|token| Completion { token, result }));
+            }
+            _ if slot.settles => self.settled(slot.token, result),
+            task if self.sync_writes && task.is_write() && result.is_ok() => {
+                self.sync_due.push(slot.token);
+            }
+            _ => self.done.push(Completion { token: slot.token, result }),
         }
     }
 }
 
 impl Drop for Engine {
     /// Waits for the calls in flight: the kernel uses the caller's memory until then. What is still
-    /// waiting is forgotten.
+    /// waiting is forgotten, but what a volatile cache keeps is written: it is for the power to go, not for the owner.
     fn drop(&mut self) {
+        self.write_out();
         // A call that was started but not submitted must run as well, or its result would never come.
         let mut broken = self.backend.submit().is_err();
         while self.active() > 0 && !broken {

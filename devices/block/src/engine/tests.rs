@@ -48,28 +48,37 @@ fn direct_modes() -> Vec<bool> {
     }
 }
 
-fn all_modes() -> impl Iterator<Item = (EngineKind, bool)> {
+pub(super) fn all_modes() -> impl Iterator<Item = (EngineKind, bool)> {
     kinds().into_iter().flat_map(|kind| direct_modes().into_iter().map(move |direct| (kind, direct)))
 }
 
-struct Rig {
-    engine: Engine,
-    faults: Faults,
+pub(super) struct Rig {
+    pub(super) engine: Engine,
+    pub(super) faults: Faults,
     next: u64,
 }
 
 impl Rig {
-    fn new(kind: EngineKind, image: &NamedTempFile, adjust: impl FnOnce(&mut DiskOptions)) -> Self {
+    pub(super) fn new(
+        kind: EngineKind,
+        image: &NamedTempFile,
+        adjust: impl FnOnce(&mut DiskOptions),
+    ) -> Self {
         let mut options = DiskOptions::path(image.path());
         adjust(&mut options);
         let disk = Disk::open(options).unwrap();
         let faults = Faults::new().unwrap();
-        let options =
-            EngineOptions { kind: Some(kind), depth: 16, faults: Some(faults.clone()), filters: None };
+        let options = EngineOptions {
+            kind: Some(kind),
+            depth: 16,
+            faults: Some(faults.clone()),
+            filters: None,
+            node_filters: None,
+        };
         Self { engine: Engine::start(disk, &options).unwrap(), faults, next: 0 }
     }
 
-    fn queue(&mut self, operation: Operation) -> u64 {
+    pub(super) fn queue(&mut self, operation: Operation) -> u64 {
         self.next += 1;
         // SAFETY: every test keeps its buffers until the operation was waited for.
         unsafe { self.engine.queue(self.next, operation) };
@@ -77,7 +86,7 @@ impl Rig {
     }
 
     /// Submits, and waits for everything.
-    fn finish(&mut self) -> Vec<Completion> {
+    pub(super) fn finish(&mut self) -> Vec<Completion> {
         let deadline = Instant::now() + TIMEOUT;
         let mut completions = Vec::new();
         self.engine.submit().unwrap();
@@ -91,7 +100,7 @@ impl Rig {
         }
     }
 
-    fn run(&mut self, operation: Operation) -> Result<(), Errno> {
+    pub(super) fn run(&mut self, operation: Operation) -> Result<(), Errno> {
         let token = self.queue(operation);
         let completions = self.finish();
         assert_eq!(completions.len(), 1);
@@ -99,11 +108,11 @@ impl Rig {
         completions[0].result
     }
 
-    fn write(&mut self, offset: u64, bytes: &mut [u8]) -> Result<(), Errno> {
+    pub(super) fn write(&mut self, offset: u64, bytes: &mut [u8]) -> Result<(), Errno> {
         self.run(Operation::Write { offset, buffers: vec![buffer(bytes)] })
     }
 
-    fn read(&mut self, offset: u64, bytes: &mut [u8]) -> Result<(), Errno> {
+    pub(super) fn read(&mut self, offset: u64, bytes: &mut [u8]) -> Result<(), Errno> {
         self.run(Operation::Read { offset, buffers: vec![buffer(bytes)] })
     }
 }
@@ -552,10 +561,10 @@ fn an_image_that_shrank_gives_errors_instead_of_made_up_data() {
         let mut rig = Rig::new(kind, &image, |_| {});
         image.as_file().set_len(4096).unwrap();
         assert_eq!(rig.read(0, &mut [0; 8192]), errno(libc::EIO));
-        assert_eq!(rig.engine.disk_mut().refresh_size().unwrap(), 4096);
+        assert_eq!(rig.engine.resize(None).unwrap(), 4096);
         assert_eq!(rig.read(0, &mut [0; 4096]), Ok(()));
         assert_eq!(rig.read(4096, &mut [0; 512]), errno(libc::EINVAL));
-        rig.engine.disk_mut().resize(MIB as u64).unwrap();
+        rig.engine.resize(Some(MIB as u64)).unwrap();
         assert_eq!(rig.read(4096, &mut [0; 512]), Ok(()));
     }
 }
@@ -596,8 +605,13 @@ fn a_block_device_is_read_written_zeroed_and_discarded() {
         println!("{kind:?} {:?}", disk.geometry());
         let end = disk.size();
         let faults = Faults::new().unwrap();
-        let options =
-            EngineOptions { kind: Some(kind), depth: 16, faults: Some(faults.clone()), filters: None };
+        let options = EngineOptions {
+            kind: Some(kind),
+            depth: 16,
+            faults: Some(faults.clone()),
+            filters: None,
+            node_filters: None,
+        };
         let mut rig = Rig { engine: Engine::start(disk, &options).unwrap(), faults, next: 0 };
         let mut bytes = vec![7; 256 << 10];
         let offset = end - bytes.len() as u64;
@@ -614,6 +628,6 @@ fn a_block_device_is_read_written_zeroed_and_discarded() {
         bytes[66048..74240].fill(0);
         assert!(back[..131_072] == bytes[..131_072]);
         assert!(back[196_608..] == bytes[196_608..]);
-        assert!(matches!(rig.engine.disk_mut().resize(end + 4096), Err(ResizeError::Device { .. })));
+        assert!(matches!(rig.engine.resize(Some(end + 4096)), Err(ResizeError::Device { .. })));
     }
 }

@@ -177,8 +177,9 @@ impl Running {
     /// One round. Returns whether the next should follow at once.
     fn work(&mut self) -> bool {
         let open = self.is_open();
-        // Somebody may wait for what is in flight.
-        self.drive.set_throttled(open);
+        let awaited = self.mirroring.is_holding() || self.mirroring.is_ending() || !self.is_drained();
+        // Nobody waits longer than it takes.
+        self.drive.set_throttled(open || !awaited);
         if open {
             self.with_session(|session, host| session.take_requests(host));
         }
@@ -471,11 +472,7 @@ impl Running {
     }
 
     fn resize(&mut self, size: Option<u64>) -> Result<u64, BlkError> {
-        let disk = self.drive.disk_mut();
-        let result = match size {
-            Some(size) => disk.resize(size).map(|()| size),
-            None => disk.refresh_size(),
-        };
+        let result = self.drive.resize(size);
         let size =
             result.map_err(|source| BlkError::Resize { disk: Arc::clone(&self.link.facts.id), source })?;
         if self.link.size.swap(size, Ordering::AcqRel) != size

@@ -13,7 +13,8 @@ use crate::drive::{
 };
 use crate::event::wait_readable;
 use crate::{
-    Buffer, CallKind, Completion, Disk, DiskOptions, Engine, EngineOptions, Errno, Fault, Faults, Operation,
+    Buffer, CallKind, Completion, Disk, DiskOptions, Engine, EngineOptions, Errno, Fault, FaultOperation,
+    FaultRule, Faults, Filters, Operation,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -50,7 +51,13 @@ fn engine(file: &NamedTempFile, faults: &Faults, adjust: impl FnOnce(&mut DiskOp
     let options = Disk::open(options).unwrap();
     Engine::start(
         options,
-        &EngineOptions { kind: None, depth: 64, faults: Some(faults.clone()), filters: None },
+        &EngineOptions {
+            kind: None,
+            depth: 64,
+            faults: Some(faults.clone()),
+            filters: None,
+            node_filters: None,
+        },
     )
     .unwrap()
 }
@@ -310,6 +317,49 @@ fn direct_io_of_either_image_is_served() {
         }
         rig.until_event(MirrorEvent::Ready);
         rig.finish();
+        assert!(content(&target) == expected);
+    }
+}
+
+#[test]
+fn a_mirror_sees_what_is_not_flushed_and_a_switch_leaves_nothing_behind() {
+    let cached = |engine: &mut Engine, seed| {
+        let filters = Filters::new().unwrap();
+        let rule = FaultRule { seed, ..FaultRule::new(FaultOperation::VolatileCache) };
+        filters.add_fault(rule).unwrap();
+        engine.set_filters(None, Some(filters)).unwrap();
+    };
+    for (copy_mode, seed) in MODES.into_iter().zip([None, Some(5)]) {
+        let mut expected = vec![0; 8 * MIB];
+        let (source, target) = (hole(8 * MIB), image(&vec![0xaa; 8 * MIB]));
+        let mut rig = Rig::new(&hole(0));
+        let [mut from, mut to] = [&source, &target].map(|file| engine(file, &rig.source_faults, |_| {}));
+        cached(&mut from, seed);
+        cached(&mut to, seed);
+        rig.drive = Drive::new(from);
+        let write = |rig: &mut Rig, expected: &mut [u8], offset, length, seed| {
+            rig.write(offset, &pattern(length, seed)).unwrap();
+            expected[offset..offset + length].copy_from_slice(&pattern(length, seed));
+        };
+        write(&mut rig, &mut expected, 3 * MIB, 64 * KIB, 3);
+        write(&mut rig, &mut expected, 5 * MIB, MIB, 5);
+        rig.drive.attach_mirror(to, &mode(copy_mode)).unwrap();
+        rig.until_event(MirrorEvent::Ready);
+        write(&mut rig, &mut expected, MIB, 4096, 7);
+        rig.guest(Operation::Discard { offset: 5 << 20, length: 65536 }).unwrap();
+        expected[5 * MIB..5 * MIB + 65536].fill(0);
+        if seed.is_none() {
+            assert!(content(&source) == vec![0; 8 * MIB], "the source was not flushed");
+        }
+        rig.finish();
+        assert!(content(&target) == expected, "the target is flushed at the end");
+        drop(rig.drive.switch().unwrap());
+        assert!(content(&source) == expected, "an image is closed in order");
+        // The target's cache has come along.
+        let before = content(&target);
+        write(&mut rig, &mut expected, 2 * MIB, 4096, 9);
+        assert!(seed.is_some() || content(&target) == before);
+        rig.guest(Operation::Flush).unwrap();
         assert!(content(&target) == expected);
     }
 }

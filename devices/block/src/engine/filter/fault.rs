@@ -29,6 +29,9 @@ pub enum FaultOperation {
     Discard,
     /// Zeroes, unmapping or not.
     Zeroes,
+    /// What changes the disk: it is kept in memory until it is flushed, and lost with the process when that is killed. A
+    /// disk that writes through ([`Cache::Writethrough`](crate::Cache::Writethrough)) loses nothing.
+    VolatileCache,
 }
 
 /// When something goes wrong, and what.
@@ -48,13 +51,16 @@ pub struct FaultRule {
     pub torn: Option<u64>,
     /// It fails; without [`Self::torn`] nothing is done.
     pub errno: Option<Errno>,
+    /// Of [`FaultOperation::VolatileCache`]: a part of what was not flushed reaches the disk early, in any order and
+    /// perhaps torn between sectors; the same part for the same seed and operations.
+    pub seed: Option<u64>,
 }
 
 impl FaultRule {
     /// A rule about all such operations that changes nothing yet.
     pub fn new(operation: FaultOperation) -> Self {
         let delay = Duration::ZERO;
-        Self { operation, sectors: None, after: 0, count: 0, delay, torn: None, errno: None }
+        Self { operation, sectors: None, after: 0, count: 0, delay, torn: None, errno: None, seed: None }
     }
 
     /// Whether it makes sense.
@@ -63,6 +69,13 @@ impl FaultRule {
     ///
     /// The first thing that is wrong.
     pub fn validate(&self) -> Result<(), RuleError> {
+        if self.operation == FaultOperation::VolatileCache {
+            let plain = Self { seed: self.seed, ..Self::new(self.operation) };
+            return if *self == plain { Ok(()) } else { Err(RuleError::Cache) };
+        }
+        if self.seed.is_some() {
+            return Err(RuleError::Seed);
+        }
         if self.delay.is_zero() && self.torn.is_none() && self.errno.is_none() {
             return Err(RuleError::NoEffect);
         }
@@ -95,7 +108,12 @@ impl FaultRule {
             let end = offset.saturating_add(length.unwrap_or(u64::MAX));
             offset < end && offset / SECTOR <= last && (end - 1) / SECTOR >= first
         };
-        (self.operation == F::Any || self.operation == kind) && self.sectors.is_none_or(touches)
+        let about = match self.operation {
+            F::Any => true,
+            F::VolatileCache => matches!(kind, F::Write | F::Discard | F::Zeroes),
+            operation => operation == kind,
+        };
+        about && self.sectors.is_none_or(touches)
     }
 }
 
@@ -117,6 +135,15 @@ pub enum RuleError {
     /// Flushes are about the whole disk.
     #[error("A flush has no sectors")]
     FlushSectors,
+    /// It is about all of the disk.
+    #[error("A volatile cache takes a seed and nothing else")]
+    Cache,
+    /// Nothing else is left to chance.
+    #[error("Only a volatile cache takes a seed")]
+    Seed,
+    /// One is enough.
+    #[error("There is a volatile cache already")]
+    TwoCaches,
     /// Too many.
     #[error("A disk has at most {MAX_RULES} faults")]
     TooMany,
@@ -163,9 +190,18 @@ impl Rules {
         if self.rules.len() >= MAX_RULES {
             return Err(RuleError::TooMany);
         }
+        if rule.operation == FaultOperation::VolatileCache && self.cache().is_some() {
+            return Err(RuleError::TwoCaches);
+        }
         self.last += 1;
         self.rules.push(FaultStatus { id: self.last, rule, matched: 0, hits: 0 });
         Ok(self.last)
+    }
+
+    /// The volatile cache.
+    pub(super) fn cache(&self) -> Option<&FaultRule> {
+        let mut rules = self.rules.iter().map(|status| &status.rule);
+        rules.find(|rule| rule.operation == FaultOperation::VolatileCache)
     }
 
     pub(super) fn remove(&mut self, id: u64) -> bool {
@@ -174,14 +210,17 @@ impl Rules {
         self.rules.len() < before
     }
 
-    /// What an operation suffers: the first rule that is about it, is not spent and has seen enough. Counts.
+    /// What an operation suffers: the first rule that is about it, is not spent and has seen enough. Counts. A volatile
+    /// cache takes what is left of it.
     pub(super) fn judge(&mut self, operation: &Operation) -> Option<&FaultRule> {
         let concerned = |status: &&mut FaultStatus| !status.is_spent() && status.rule.matches(operation);
         for status in self.rules.iter_mut().filter(concerned) {
             status.matched += 1;
             if status.matched > status.rule.after {
                 status.hits += 1;
-                return Some(&status.rule);
+                if status.rule.operation != FaultOperation::VolatileCache {
+                    return Some(&status.rule);
+                }
             }
         }
         None

@@ -1,14 +1,19 @@
 //! What stands between a disk's user and its engine: limits and faults, decided on by whoever holds the handle.
 //!
 //! ```text
-//!   Engine::queue ─▶ limits ─┬─▶ rules ─┬─▶ ready ─▶ Engine, or refused at once
-//!                            │          │               ▲
-//!                         waiting    delayed            │
-//!                       (two lines)     │               │
-//!                            └──────────┴── release ────┘ when the timer fires, or the handle has changed something
+//!   Engine::queue ─▶ the device's ─▶ the node's ─▶ Engine: its volatile cache, if the node is to have one ─▶ calls
+//!
+//!   each:  ─▶ limits ─┬─▶ rules ─┬─▶ ready ─▶ the next, or refused at once
+//!                     │          │               ▲
+//!                  waiting    delayed            │
+//!                (two lines)     │               │
+//!                     └──────────┴── release ────┘ when the timer fires, or the handle has changed something
 //!
 //!   Filters (a handle, shared): limits, their account, rules ─── version, event ───▶ Filter (one per engine)
 //! ```
+//!
+//! A device's filters are about its guest's operations, on whichever image it works. A node's are about all that is done
+//! to one image, by guests and by jobs, and stay with it.
 //!
 //! Nothing waits on a thread: a timer is in the set that the engine's event is readable by. Without limits and rules an
 //! operation passes with a look at one flag. Reads and writes wait in a line each, in order; what waits is bounded by
@@ -16,6 +21,7 @@
 
 pub(crate) mod fault;
 pub(crate) mod throttle;
+pub(crate) mod volatile;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -46,6 +52,8 @@ struct Shared {
     /// Counts changes; raised after `changed` was signalled, so that whoever has seen it can clear that.
     version: AtomicU64,
     changed: Event,
+    /// Bytes in the volatile cache.
+    unflushed: AtomicU64,
 }
 
 /// A handle on the limits and faults of a disk. Clones share.
@@ -81,6 +89,7 @@ impl Filters {
             active: AtomicBool::new(false),
             version: AtomicU64::new(0),
             changed: Event::new()?,
+            unflushed: AtomicU64::new(0),
         })))
     }
 
@@ -119,6 +128,20 @@ impl Filters {
         self.0.state.lock().rules.list()
     }
 
+    /// Bytes that the volatile cache takes, or has taken: what a power cut costs.
+    pub fn unflushed(&self) -> u64 {
+        self.0.unflushed.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_unflushed(&self, bytes: u64) {
+        self.0.unflushed.store(bytes, Ordering::Relaxed);
+    }
+
+    /// The rule that asks for a volatile cache.
+    pub(super) fn cache(&self) -> Option<FaultRule> {
+        self.0.state.lock().rules.cache().cloned()
+    }
+
     fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let shared = &*self.0;
         let mut state = shared.state.lock();
@@ -142,9 +165,19 @@ pub(super) struct Asked {
     pub(super) fails: Option<Errno>,
 }
 
-/// The filters of one engine.
+/// Whom filters are about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// A device: its guest's operations, as long as it works on this image.
+    Device,
+    /// An image: everybody's.
+    Node,
+}
+
+/// The filters of one engine, of either scope.
 pub(super) struct Filter {
     handle: Filters,
+    scope: Scope,
     /// Readable when the engine's backend is, or there is something to release.
     event: OwnedFd,
     timer: Timer,
@@ -166,12 +199,13 @@ pub(super) struct Filter {
 }
 
 impl Filter {
-    /// In front of the backend that `backend` is the event of.
-    pub(super) fn new(handle: Filters, backend: BorrowedFd<'_>) -> io::Result<Self> {
+    /// In front of what `below` is the event of.
+    pub(super) fn new(handle: Filters, scope: Scope, below: BorrowedFd<'_>) -> io::Result<Self> {
         let timer = Timer::new()?;
-        let event = any_readable(&[backend, handle.0.changed.as_fd(), timer.as_fd()])?;
+        let event = any_readable(&[below, handle.0.changed.as_fd(), timer.as_fd()])?;
         Ok(Self {
             handle,
+            scope,
             event,
             timer,
             armed: None,
@@ -200,16 +234,27 @@ impl Filter {
         (self.filtering && self.handle.0.active.load(Ordering::Acquire)) || self.held() > 0
     }
 
+    /// Whether the handle has changed something.
+    pub(super) fn is_changed(&self) -> bool {
+        self.handle.0.version.load(Ordering::Acquire) != self.seen
+    }
+
     /// Whether [`Self::release`] may have something to do.
     pub(super) fn is_due(&self) -> bool {
-        self.held() > 0 || self.handle.0.version.load(Ordering::Acquire) != self.seen
+        self.held() > 0 || self.is_changed()
+    }
+
+    pub(super) fn handle(&self) -> &Filters {
+        &self.handle
     }
 
     /// Takes an operation.
     pub(super) fn offer(&mut self, asked: Asked, now: Instant) {
         let handle = self.handle.clone();
         let mut state = handle.0.state.lock();
-        let Some((direction, bytes)) = asked.cost() else { return self.pass(asked, &mut state, now) };
+        let Some((direction, bytes)) = asked.cost(self.scope) else {
+            return self.pass(asked, &mut state, now);
+        };
         let line = &mut self.waiting[direction as usize];
         if self.throttled && (!line.is_empty() || !state.account.wait(direction, now).is_zero()) {
             line.push_back(asked);
@@ -230,7 +275,7 @@ impl Filter {
         let handle = self.handle.clone();
         let mut state = handle.0.state.lock();
         while let Some(asked) = self.next_waiting(&mut state, now) {
-            if let Some((direction, bytes)) = asked.cost() {
+            if let Some((direction, bytes)) = asked.cost(self.scope) {
                 state.account.pour(direction, bytes);
                 self.turn = direction.other();
             }
@@ -293,10 +338,11 @@ impl Filter {
 }
 
 impl Asked {
-    /// What it costs, of what is limited.
-    fn cost(&self) -> Option<(Direction, u64)> {
+    /// What it costs, of what is limited there.
+    fn cost(&self, scope: Scope) -> Option<(Direction, u64)> {
         let total = |buffers: &[Buffer]| memory::total(buffers).unwrap_or(u64::MAX);
-        match self.operation.as_ref().filter(|_| !self.aside)? {
+        let limited = scope == Scope::Node || !self.aside;
+        match self.operation.as_ref().filter(|_| limited)? {
             Operation::Read { buffers, .. } => Some((Direction::Read, total(buffers))),
             Operation::Write { buffers, .. } => Some((Direction::Write, total(buffers))),
             Operation::WriteZeroes { length, .. } => Some((Direction::Write, *length)),
@@ -318,26 +364,31 @@ fn truncate(buffers: &mut Vec<Buffer>, length: u64) {
 
 /// Filters in front of an engine.
 impl Engine {
-    /// The handle on its limits and faults.
-    pub fn filters(&self) -> Option<&Filters> {
-        self.filter.as_ref().map(|filter| &filter.handle)
-    }
-
-    /// Lets the limits and faults of this handle apply, or none. Only while nothing is in flight; [`Self::event`] is
-    /// another one then.
+    /// Lets the limits and faults of these handles apply, of the device's and of the node's, or none. Only while nothing
+    /// is in flight; [`Self::event`] is another one then.
     ///
     /// # Errors
     ///
     /// The host has no descriptor left.
-    pub fn set_filters(&mut self, filters: Option<Filters>) -> io::Result<()> {
-        self.filter = filters.map(|filters| Filter::new(filters, self.backend.event())).transpose()?;
+    pub fn set_filters(&mut self, device: Option<Filters>, node: Option<Filters>) -> io::Result<()> {
+        let backend = self.backend.event();
+        let node = node.map(|filters| Filter::new(filters, Scope::Node, backend)).transpose()?;
+        let below = node.as_ref().map_or(backend, Filter::event);
+        let device = device.map(|filters| Filter::new(filters, Scope::Device, below)).transpose()?;
+        (self.device, self.node) = (device, node);
+        self.heed_cache();
         Ok(())
     }
 
-    /// Whether this engine is the one that the handle's limits and faults are about, as it is at first. Only while nothing
-    /// is in flight: this is how they go with a device from one engine to another.
+    /// The handle on the limits and faults of the disk itself.
+    pub fn node_filters(&self) -> Option<&Filters> {
+        self.node.as_ref().map(Filter::handle)
+    }
+
+    /// Whether this engine is the one that the device works on, as it is at first. Only while nothing is in flight: this
+    /// is how the device's limits and faults go with it from one engine to another.
     pub fn set_filtering(&mut self, filtering: bool) {
-        if let Some(filter) = &mut self.filter {
+        if let Some(filter) = &mut self.device {
             filter.filtering = filtering;
         }
     }
@@ -345,30 +396,66 @@ impl Engine {
     /// Whether limits apply, as they do at first. Whoever waits for all that is in flight lifts them, or it may take as long
     /// as the limits are low: what waits starts at the next [`Self::submit`].
     pub fn set_throttled(&mut self, throttled: bool) {
-        if let Some(filter) = &mut self.filter {
+        let mut any = false;
+        for filter in self.device.iter_mut().chain(&mut self.node) {
             filter.throttled = throttled;
             if !throttled && filter.held() > 0 {
                 filter.release(Instant::now());
-                self.admit();
+                any = true;
             }
+        }
+        if any {
+            self.admit();
         }
     }
 
     /// Lets pass what has waited long enough. Returns whether there was anything.
     pub(super) fn release_due(&mut self) -> bool {
-        match &mut self.filter {
-            Some(filter) if filter.is_due() => {
-                filter.release(Instant::now());
-                self.admit()
+        let changed = self.node.as_ref().is_some_and(Filter::is_changed);
+        let mut any = false;
+        for filter in self.device.iter_mut().chain(&mut self.node).filter(|filter| filter.is_due()) {
+            filter.release(Instant::now());
+            any = true;
+        }
+        if changed {
+            self.heed_cache();
+        }
+        any && self.admit()
+    }
+
+    /// Takes an operation, which passes what stands in front.
+    pub(super) fn offer(&mut self, asked: Asked) {
+        // Whoever has asked for a volatile cache finds that there is one.
+        if self.node.as_ref().is_some_and(Filter::is_changed) {
+            self.release_due();
+        }
+        match &mut self.device {
+            Some(filter) if filter.is_active() => {
+                filter.offer(asked, Instant::now());
+                self.admit();
             }
-            _ => false,
+            _ => self.offer_to_node(asked),
         }
     }
 
-    /// Takes what the filter lets pass. Returns whether there was anything.
-    pub(super) fn admit(&mut self) -> bool {
+    fn offer_to_node(&mut self, asked: Asked) {
+        match &mut self.node {
+            Some(filter) if filter.is_active() => {
+                filter.offer(asked, Instant::now());
+                self.admit();
+            }
+            _ => self.accept(asked),
+        }
+    }
+
+    /// Takes what the filters let pass. Returns whether there was anything.
+    fn admit(&mut self) -> bool {
         let mut any = false;
-        while let Some(asked) = self.filter.as_mut().and_then(|filter| filter.ready.pop_front()) {
+        while let Some(asked) = self.device.as_mut().and_then(|filter| filter.ready.pop_front()) {
+            self.offer_to_node(asked);
+            any = true;
+        }
+        while let Some(asked) = self.node.as_mut().and_then(|filter| filter.ready.pop_front()) {
             self.accept(asked);
             any = true;
         }

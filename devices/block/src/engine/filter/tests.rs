@@ -252,7 +252,7 @@ fn what_waits_goes_in_order_and_directions_take_turns() {
     let handle = Filters::new().unwrap();
     handle.set_limits(per_second(10)).unwrap();
     let never = Event::new().unwrap();
-    let mut filter = Filter::new(handle, never.as_fd()).unwrap();
+    let mut filter = Filter::new(handle, Scope::Device, never.as_fd()).unwrap();
     let mut now = Instant::now() + Duration::from_secs(1);
     for token in 0..9 {
         let operation = match token % 3 {
@@ -333,8 +333,8 @@ fn the_handle_takes_its_limits_to_another_engine() {
     let mut first = Rig::new(EngineKind::Threads);
     first.filters.set_limits(per_second(20)).unwrap();
     let mut second = Rig::new(EngineKind::Threads);
-    second.engine.set_filters(first.engine.filters().cloned()).unwrap();
-    first.engine.set_filters(None).unwrap();
+    second.engine.set_filters(Some(first.filters.clone()), None).unwrap();
+    first.engine.set_filters(None, None).unwrap();
     let start = Instant::now();
     for _ in 0..10 {
         second.read(0, &mut [0; 512]).unwrap();
