@@ -117,17 +117,20 @@ pub enum FaultOp {
     Discard,
     /// Zeroes.
     Zeroes,
+    /// What changes the disk, until it is flushed: it is lost when the VM's process is killed.
+    VolatileCache,
 }
 
 impl FaultOp {
     /// Each, with what the disk calls it.
-    pub const ALL: [(Self, FaultOperation); 6] = [
+    pub const ALL: [(Self, FaultOperation); 7] = [
         (Self::Any, FaultOperation::Any),
         (Self::Read, FaultOperation::Read),
         (Self::Write, FaultOperation::Write),
         (Self::Flush, FaultOperation::Flush),
         (Self::Discard, FaultOperation::Discard),
         (Self::Zeroes, FaultOperation::Zeroes),
+        (Self::VolatileCache, FaultOperation::VolatileCache),
     ];
 }
 
@@ -162,13 +165,16 @@ pub struct FaultSpec {
     /// Only so many bytes of a write land.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub torn: Option<u64>,
+    /// A part of what was not flushed reaches the disk early, by chance, which this decides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
 }
 
 impl FaultSpec {
     /// A fault without any effect yet.
     pub fn new(op: FaultOp) -> Self {
-        let (sector, sectors, errno, torn) = (None, None, None, None);
-        Self { op, sector, sectors, after: 0, count: 0, errno, delay_ms: 0, torn }
+        let (sector, sectors, errno, torn, seed) = (None, None, None, None, None);
+        Self { op, sector, sectors, after: 0, count: 0, errno, delay_ms: 0, torn, seed }
     }
 
     /// The rule it stands for.
@@ -192,6 +198,7 @@ impl FaultSpec {
             count: self.count,
             delay: Duration::from_millis(self.delay_ms),
             torn: self.torn,
+            seed: self.seed,
             errno: self.errno.as_ref().map(errno).transpose()?,
             ..FaultRule::new(known.map_or(FaultOperation::Any, |(_, operation)| *operation))
         };
@@ -212,6 +219,7 @@ impl From<&FaultRule> for FaultSpec {
             errno: rule.errno.map(Errno::symbol),
             delay_ms: u64::try_from(rule.delay.as_millis()).unwrap_or(u64::MAX),
             torn: rule.torn,
+            seed: rule.seed,
         }
     }
 }
@@ -245,7 +253,8 @@ pub struct FaultFlag {
 impl FromStr for FaultFlag {
     type Err = String;
 
-    /// `DISK:op=OP`, then any of `sector=`, `sectors=`, `after=`, `count=`, `errno=`, `delay-ms=`, `torn=`.
+    /// `DISK:op=OP`, then any of `sector=`, `sectors=`, `after=`, `count=`, `errno=`, `delay-ms=`, `torn=`; or
+    /// `DISK:op=volatile-cache` and perhaps `seed=`.
     fn from_str(text: &str) -> Result<Self, String> {
         const FORM: &str = "a fault is DISK:op=OP,KEY=VALUE…, as in disk0:op=write,errno=EIO,sector=2048";
         let (disk, keys) = text.split_once(':').ok_or(FORM)?;
@@ -263,9 +272,10 @@ impl FromStr for FaultFlag {
                 "errno" => fault.errno = Some(value),
                 "delay-ms" => fault.delay_ms = number()?,
                 "torn" => fault.torn = Some(number()?),
+                "seed" => fault.seed = Some(number()?),
                 _ => {
                     return Err(format!(
-                        "{key:?} is none of op, sector, sectors, after, count, errno, delay-ms, torn"
+                        "{key:?} is none of op, sector, sectors, after, count, errno, delay-ms, torn, seed"
                     ));
                 }
             }
@@ -316,6 +326,7 @@ mod tests {
             delay: Duration::from_millis(20),
             torn: Some(512),
             errno: Some(Errno::new(28)),
+            seed: None,
         };
         assert_eq!((flag.disk.as_str(), flag.fault.rule()), ("disk0", Ok(rule.clone())));
         assert_eq!(FaultSpec::from(&rule), flag.fault);
@@ -324,6 +335,10 @@ mod tests {
         let one: FaultFlag = "d:op=any,errno=5,sector=7".parse().unwrap();
         assert_eq!(one.fault.rule().unwrap().sectors, Some((7, 7)));
         assert_eq!(FaultSpec::from(&one.fault.rule().unwrap()).errno.as_deref(), Some("EIO"));
+        let cache: FaultFlag = "d:op=volatile-cache,seed=9".parse().unwrap();
+        let rule = FaultRule { seed: Some(9), ..FaultRule::new(FaultOperation::VolatileCache) };
+        assert_eq!(cache.fault.rule(), Ok(rule));
+        assert_eq!(serde_json::to_string(&cache.fault).unwrap(), r#"{"op":"volatile-cache","seed":9}"#);
     }
 
     #[test]
@@ -341,6 +356,8 @@ mod tests {
             ("disk0:op=read,delay-ms=30001", "30000 ms"),
             ("disk0:op=read,count=-1", "count=-1"),
             ("disk0:op=read,when=now", "\"when\""),
+            ("disk0:op=volatile-cache,errno=EIO", "takes a seed and nothing else"),
+            ("disk0:op=write,errno=EIO,seed=1", "Only a volatile cache takes a seed"),
         ] {
             let error = text.parse::<FaultFlag>().unwrap_err();
             assert!(error.contains(part), "{text}: {error}");

@@ -43,6 +43,7 @@ impl Fixed {
                 direct: facts.direct,
                 cache: facts.cache,
                 discard: facts.discard,
+                filters: facts.node_filters,
                 ..NodeSpec::new(NodeSource::Path(disk.path.clone()))
             };
             (None, spec)

@@ -17,7 +17,7 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use block::{Cache, Disk, DiskOptions, EngineKind, EngineOptions, Format, OpenError, Source};
+use block::{Cache, Disk, DiskOptions, EngineKind, EngineOptions, Filters, Format, OpenError, Source};
 use protocol::Error;
 
 use super::create::plain;
@@ -81,6 +81,8 @@ pub struct NodeSpec {
     pub stated: bool,
     /// Who makes the system calls.
     pub engine: Option<EngineKind>,
+    /// Its limits and faults, whoever works on it; [`Nodes::add`] makes some where there are none.
+    pub filters: Option<Filters>,
 }
 
 impl NodeSpec {
@@ -97,6 +99,7 @@ impl NodeSpec {
             lock: true,
             stated: true,
             engine: None,
+            filters: None,
         }
     }
 
@@ -190,6 +193,8 @@ pub struct NodeInfo {
     pub actual_size: Option<u64>,
     /// The disk that works on it.
     pub disk: Option<usize>,
+    /// Its limits and faults.
+    pub filters: Option<Filters>,
 }
 
 impl Node {
@@ -207,6 +212,7 @@ impl Node {
                 Use::Root(disk) => Some(disk),
                 Use::Idle | Use::Target(..) => None,
             },
+            filters: self.spec.filters.clone(),
         }
     }
 }
@@ -264,13 +270,17 @@ impl Nodes {
         &mut self,
         name: Option<String>,
         named: bool,
-        spec: NodeSpec,
+        mut spec: NodeSpec,
         devices: &[String],
     ) -> Result<String, Error> {
         if let Some(name) = &name {
             self.check_name(name, devices)?;
         }
         let disk = spec.open()?;
+        if spec.filters.is_none() {
+            let filters = Filters::new().map_err(|error| Error::generic(plain(&error)))?;
+            spec.filters = Some(filters);
+        }
         let name = name.unwrap_or_else(|| self.generate());
         let (size, read_only) = (disk.size(), disk.is_read_only());
         let node =
@@ -355,7 +365,9 @@ impl Nodes {
         }
         let image = node.disk.take().ok_or_else(|| Error::generic(format!("Node '{name}' is closed")))?;
         node.used = Use::Target(disk, kind);
-        Ok((image, EngineOptions { kind: node.spec.engine, ..EngineOptions::default() }))
+        let NodeSpec { engine: kind, filters: node_filters, .. } = &node.spec;
+        let node_filters = node_filters.clone();
+        Ok((image, EngineOptions { kind: *kind, node_filters, ..EngineOptions::default() }))
     }
 
     /// The job of disk `disk` has ended, and the disk works on what it did.

@@ -45,7 +45,8 @@ impl FakeVm {
     fn new() -> Self {
         let node = |disk| {
             let source = NodeSource::Path(format!("/images/{disk}.raw").into());
-            (None, NodeSpec { direct: true, ..NodeSpec::new(source) })
+            let filters = Some(block::Filters::new().unwrap());
+            (None, NodeSpec { direct: true, filters, ..NodeSpec::new(source) })
         };
         let (sender, done) = std::sync::mpsc::channel();
         let post = move || {

@@ -188,9 +188,9 @@ fn open_disks(spec: &VmSpec, events: &Notifier) -> Result<Vec<BlkBackend>, RunEr
         let image =
             Disk::open(options(disk)).map_err(|source| RunError::Disk { id: disk.id.clone(), source })?;
         let events = events.clone();
-        let filters =
-            filters(disk).map_err(|source| RunError::Setup { what: "limits and faults", source })?;
-        Ok(BlkBackend::start(image, blk_options(disk, filters), move |event| {
+        let engine =
+            engine_options(disk).map_err(|source| RunError::Setup { what: "limits and faults", source })?;
+        Ok(BlkBackend::start(image, blk_options(disk, engine), move |event| {
             events.post(VmEvent::Disk(event));
         })?)
     };
@@ -212,16 +212,21 @@ fn options(disk: &config::DiskSpec) -> DiskOptions {
     }
 }
 
-/// The handle on a disk's limits and faults, with those of the configuration, which was validated.
-fn filters(disk: &config::DiskSpec) -> io::Result<Filters> {
-    let filters = Filters::new()?;
-    filters.set_limits(disk.throttle.0).map_err(io::Error::other)?;
+/// With the limits and faults of the configuration, which was validated: limits are the device's, faults its image's.
+fn engine_options(disk: &config::DiskSpec) -> io::Result<EngineOptions> {
+    let (device, node) = (Filters::new()?, Filters::new()?);
+    device.set_limits(disk.throttle.0).map_err(io::Error::other)?;
     for fault in &disk.faults {
         let rule = fault.rule().map_err(io::Error::other)?;
-        filters.add_fault(rule).map_err(io::Error::other)?;
+        node.add_fault(rule).map_err(io::Error::other)?;
         tracing::warn!(disk = disk.id, ?fault, "A fault is injected");
     }
-    Ok(filters)
+    let kind = match disk.engine {
+        config::IoEngine::Auto => None,
+        config::IoEngine::IoUring => Some(EngineKind::Uring),
+        config::IoEngine::Threads => Some(EngineKind::Threads),
+    };
+    Ok(EngineOptions { kind, filters: Some(device), node_filters: Some(node), ..EngineOptions::default() })
 }
 
 fn channel_config(spec: &VmSpec) -> ChannelConfig {
@@ -229,24 +234,19 @@ fn channel_config(spec: &VmSpec) -> ChannelConfig {
     ChannelConfig { thaw_grace, ..ChannelConfig::default() }
 }
 
-fn blk_options(disk: &config::DiskSpec, filters: Filters) -> BlkOptions {
+fn blk_options(disk: &config::DiskSpec, engine: EngineOptions) -> BlkOptions {
     let policy = |policy| match policy {
         config::ErrorPolicy::Report => ErrorPolicy::Report,
         config::ErrorPolicy::Ignore => ErrorPolicy::Ignore,
         config::ErrorPolicy::Stop => ErrorPolicy::Stop,
         config::ErrorPolicy::Enospc => ErrorPolicy::Enospc,
     };
-    let kind = match disk.engine {
-        config::IoEngine::Auto => None,
-        config::IoEngine::IoUring => Some(EngineKind::Uring),
-        config::IoEngine::Threads => Some(EngineKind::Threads),
-    };
     BlkOptions {
         serial: disk.serial.clone().unwrap_or_else(|| disk.id.chars().take(20).collect()),
         queues: disk.queues.into(),
         read_error: policy(disk.rerror),
         write_error: policy(disk.werror),
-        engine: EngineOptions { kind, filters: Some(filters), ..EngineOptions::default() },
+        engine,
         ..BlkOptions::new(&disk.id)
     }
 }

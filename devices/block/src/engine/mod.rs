@@ -29,7 +29,7 @@ mod uring;
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use self::cached::Patch;
@@ -126,6 +126,8 @@ pub struct Engine {
     /// What stands in front: the device's first, then the node's.
     device: Option<Filter>,
     node: Option<Filter>,
+    /// Readable when the backend is, or one of these has something to do.
+    event: Option<OwnedFd>,
     /// Its data outlives the calls that write it: the drop waits for them.
     cache: Option<VolatileCache>,
     target: Target,
@@ -189,6 +191,7 @@ impl Engine {
             backend,
             device: None,
             node: None,
+            event: None,
             cache: None,
             target,
             slots: (0..depth).map(|_| None).collect(),
@@ -233,8 +236,7 @@ impl Engine {
 
     /// Readable while completions wait that the host has sent. Level-triggered, nothing to read.
     pub fn event(&self) -> BorrowedFd<'_> {
-        let filter = self.device.as_ref().or(self.node.as_ref());
-        filter.map_or_else(|| self.backend.event(), Filter::event)
+        self.event.as_ref().map_or_else(|| self.backend.event(), OwnedFd::as_fd)
     }
 
     /// Operations queued whose completions were not reaped.

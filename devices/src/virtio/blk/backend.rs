@@ -213,6 +213,8 @@ pub struct BlkFacts {
     pub engine: EngineKind,
     /// Request queues.
     pub queues: u16,
+    /// The handle on the limits and faults of the image, if it has one.
+    pub node_filters: Option<Filters>,
 }
 
 impl BlkFacts {
@@ -228,6 +230,7 @@ impl BlkFacts {
             geometry: *disk.geometry(),
             engine: drive.kind(),
             queues,
+            node_filters: drive.node_filters().cloned(),
         }
     }
 }
@@ -355,7 +358,8 @@ impl BlkBackend {
         self.link.current.lock().clone()
     }
 
-    /// The handle on its limits and faults, if its options had one. They are the device's and stay when its image changes.
+    /// The handle on its limits and faults, if its options had one. They are the device's and stay when its image changes;
+    /// an image's own go with it, see [`BlkFacts::node_filters`].
     pub fn filters(&self) -> Option<&Filters> {
         self.filters.as_ref()
     }

@@ -177,9 +177,10 @@ impl Running {
     /// One round. Returns whether the next should follow at once.
     fn work(&mut self) -> bool {
         let open = self.is_open();
-        let awaited = self.mirroring.is_holding() || self.mirroring.is_ending() || !self.is_drained();
-        // Nobody waits longer than it takes.
-        self.drive.set_throttled(open || !awaited);
+        // Whoever waits for what is in flight does not wait for limits.
+        let awaited =
+            self.mirroring.is_holding() || self.mirroring.is_ending() || (!open && !self.is_drained());
+        self.drive.set_throttled(!awaited);
         if open {
             self.with_session(|session, host| session.take_requests(host));
         }

@@ -149,10 +149,10 @@ fn block_info(disk: &DiskInfo, node: Option<NodeInfo>) -> Value {
     });
     if let Some(node) = node {
         info["inserted"] = block_device_info(&node, Some(disk));
-    }
-    let faults = filters::faults(disk);
-    if !faults.is_empty() {
-        info["tarn-faults"] = faults.into();
+        let faults = filters::faults(&node, Some(disk));
+        if !faults.is_empty() {
+            info["tarn-faults"] = faults.into();
+        }
     }
     info
 }
@@ -180,7 +180,7 @@ fn block_device_info(node: &NodeInfo, disk: Option<&DiskInfo>) -> Value {
         },
         "write_threshold": 0,
     });
-    for (name, value) in filters::limits(disk) {
+    for (name, value) in filters::limits(node, disk) {
         info[name] = value;
     }
     info

@@ -85,9 +85,9 @@ fn faults_are_added_listed_and_removed() {
     assert_eq!(ask(&mut lab, &mut client, "tarn-fault-add", slow)["return"], json!({"id": 2}));
     let listed = ask(&mut lab, &mut client, "tarn-query-faults", json!({}))["return"].clone();
     let expected = json!([
-        {"device": "disk0", "id": 1, "op": "write", "sector": 8, "sectors": 4, "errno": "EIO", "count": 2,
+        {"device": "disk0", "node-name": "#block001", "id": 1, "op": "write", "sector": 8, "sectors": 4, "errno": "EIO", "count": 2,
             "matched": 0, "hits": 0},
-        {"device": "disk0", "id": 2, "op": "any", "delay-ms": 20, "matched": 0, "hits": 0},
+        {"device": "disk0", "node-name": "#block001", "id": 2, "op": "any", "delay-ms": 20, "matched": 0, "hits": 0},
     ]);
     assert_eq!(listed, expected);
     let blocks = ask(&mut lab, &mut client, "query-block", json!({}))["return"].clone();
@@ -95,6 +95,18 @@ fn faults_are_added_listed_and_removed() {
 
     for (execute, arguments, desc) in [
         ("tarn-fault-add", json!({"device": "zz", "op": "read"}), "Device 'zz' not found"),
+        ("tarn-fault-add", json!({"op": "read"}), "Need exactly one of 'device' and 'node-name'"),
+        (
+            "tarn-query-faults",
+            json!({"device": "disk0", "node-name": "a"}),
+            "Need exactly one of 'device' and 'node-name'",
+        ),
+        ("tarn-fault-remove", json!({"node-name": "zz"}), "Cannot find device='' nor node-name='zz'"),
+        (
+            "tarn-fault-add",
+            json!({"device": "disk0", "op": "volatile-cache", "count": 1}),
+            "A volatile cache takes a seed and nothing else",
+        ),
         (
             "tarn-fault-add",
             json!({"device": "disk0", "op": "read"}),
@@ -123,9 +135,43 @@ fn faults_are_added_listed_and_removed() {
 
     let one = json!({"device": "disk0", "id": 1});
     assert_eq!(ask(&mut lab, &mut client, "tarn-fault-remove", one)["return"], json!({}));
-    assert_eq!(lab.vm.filters.faults().len(), 1);
+    let left = ask(&mut lab, &mut client, "tarn-query-faults", json!({"node-name": "#block001"}));
+    assert_eq!(left["return"].as_array().unwrap().len(), 1);
     let all = json!({"device": "disk0"});
     assert_eq!(ask(&mut lab, &mut client, "tarn-fault-remove", all)["return"], json!({}));
     let blocks = ask(&mut lab, &mut client, "query-block", json!({}))["return"].clone();
     assert!(blocks[0].get("tarn-faults").is_none());
+}
+
+#[test]
+fn a_node_has_limits_and_faults_of_its_own() {
+    let mut lab = Lab::new();
+    let mut client = lab.client();
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("t.raw");
+    std::fs::write(&image, [0; 4096]).unwrap();
+    let mut ask = |execute: &str, arguments: Value| {
+        let reply = lab.ask(&mut client, &json!({"execute": execute, "arguments": arguments}));
+        if let Some(value) = reply.get("return") {
+            conforms(value, &commands::find(execute).unwrap().returns).unwrap();
+        }
+        reply["return"].clone()
+    };
+    ask("blockdev-add", json!({"driver": "file", "node-name": "t", "filename": image}));
+    let cache = json!({"node-name": "t", "op": "volatile-cache", "seed": 4});
+    assert_eq!(ask("tarn-fault-add", cache), json!({"id": 1}));
+    let listed = json!([{"node-name": "t", "id": 1, "op": "volatile-cache", "seed": 4, "matched": 0, "hits": 0,
+        "unflushed": 0}]);
+    assert_eq!(ask("tarn-query-faults", json!({})), listed);
+    assert_eq!(ask("tarn-query-faults", json!({"device": "disk0"})), json!([]));
+    let limits =
+        json!({"node-name": "t", "bps": 1, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
+    assert_eq!(ask("block_set_io_throttle", limits), json!({}));
+    let nodes = ask("query-named-block-nodes", json!({}));
+    let seen: Vec<_> =
+        nodes.as_array().unwrap().iter().map(|node| (&node["node-name"], &node["bps"])).collect();
+    assert_eq!(seen[0], (&json!("t"), &json!(1)));
+    assert!(seen[1..].iter().all(|(_, bps)| **bps == 0));
+    assert_eq!(ask("tarn-fault-remove", json!({"node-name": "t"})), json!({}));
+    assert_eq!(ask("tarn-query-faults", json!({})), json!([]));
 }

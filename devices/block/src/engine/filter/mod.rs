@@ -26,7 +26,7 @@ pub(crate) mod volatile;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -178,8 +178,6 @@ pub(super) enum Scope {
 pub(super) struct Filter {
     handle: Filters,
     scope: Scope,
-    /// Readable when the engine's backend is, or there is something to release.
-    event: OwnedFd,
     timer: Timer,
     armed: Option<Instant>,
     /// The handle's version that was heeded.
@@ -199,15 +197,11 @@ pub(super) struct Filter {
 }
 
 impl Filter {
-    /// In front of what `below` is the event of.
-    pub(super) fn new(handle: Filters, scope: Scope, below: BorrowedFd<'_>) -> io::Result<Self> {
-        let timer = Timer::new()?;
-        let event = any_readable(&[below, handle.0.changed.as_fd(), timer.as_fd()])?;
+    pub(super) fn new(handle: Filters, scope: Scope) -> io::Result<Self> {
         Ok(Self {
             handle,
             scope,
-            event,
-            timer,
+            timer: Timer::new()?,
             armed: None,
             seen: 0,
             filtering: true,
@@ -220,8 +214,9 @@ impl Filter {
         })
     }
 
-    pub(super) fn event(&self) -> BorrowedFd<'_> {
-        self.event.as_fd()
+    /// Readable when there is something to release.
+    fn events(&self) -> [BorrowedFd<'_>; 2] {
+        [self.handle.0.changed.as_fd(), self.timer.as_fd()]
     }
 
     /// Operations that were taken and did not pass.
@@ -371,10 +366,11 @@ impl Engine {
     ///
     /// The host has no descriptor left.
     pub fn set_filters(&mut self, device: Option<Filters>, node: Option<Filters>) -> io::Result<()> {
-        let backend = self.backend.event();
-        let node = node.map(|filters| Filter::new(filters, Scope::Node, backend)).transpose()?;
-        let below = node.as_ref().map_or(backend, Filter::event);
-        let device = device.map(|filters| Filter::new(filters, Scope::Device, below)).transpose()?;
+        let device = device.map(|filters| Filter::new(filters, Scope::Device)).transpose()?;
+        let node = node.map(|filters| Filter::new(filters, Scope::Node)).transpose()?;
+        let mut events: Vec<_> = device.iter().chain(&node).flat_map(Filter::events).collect();
+        events.push(self.backend.event());
+        self.event = if events.len() > 1 { Some(any_readable(&events)?) } else { None };
         (self.device, self.node) = (device, node);
         self.heed_cache();
         Ok(())

@@ -251,8 +251,7 @@ fn a_limit_is_kept_and_flushes_are_free() {
 fn what_waits_goes_in_order_and_directions_take_turns() {
     let handle = Filters::new().unwrap();
     handle.set_limits(per_second(10)).unwrap();
-    let never = Event::new().unwrap();
-    let mut filter = Filter::new(handle, Scope::Device, never.as_fd()).unwrap();
+    let mut filter = Filter::new(handle, Scope::Device).unwrap();
     let mut now = Instant::now() + Duration::from_secs(1);
     for token in 0..9 {
         let operation = match token % 3 {
