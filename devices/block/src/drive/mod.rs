@@ -46,6 +46,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 use self::mirror::{Images, Kind, Limits, Mirror};
+use self::options::unfit;
 pub use self::options::{
     AttachReason, CopyMode, MirrorAction, MirrorError, MirrorEvent, MirrorOperation, MirrorOptions,
     MirrorRefusal, MirrorStatus, MirrorSync, OnError, Side,
@@ -57,9 +58,6 @@ use crate::error::ResizeError;
 
 /// Rounds that one call may take before it lets others work.
 const ROUNDS: usize = 4;
-/// A bitmap of them has 128 MiB.
-const MOST_CHUNKS: u64 = 1 << 30;
-const GRANULARITY: std::ops::RangeInclusive<u32> = 512..=64 << 20;
 
 /// A mirror was not attached: here is its target.
 #[derive(thiserror::Error)]
@@ -485,20 +483,6 @@ impl Mirrored {
         debug_assert!(!idle || self.core.is_clean(), "an idle mirror owes memory or claims");
         idle
     }
-}
-
-fn unfit(source: &Disk, target: &Disk, options: &MirrorOptions) -> Option<AttachReason> {
-    let MirrorOptions { granularity, .. } = *options;
-    if !granularity.is_power_of_two() || !GRANULARITY.contains(&granularity) {
-        return Some(AttachReason::Granularity { granularity });
-    }
-    if target.size() < source.size() {
-        return Some(AttachReason::TooSmall { target: target.size(), disk: source.size() });
-    }
-    if source.size() / u64::from(granularity) > MOST_CHUNKS {
-        return Some(AttachReason::TooFine { granularity, disk: source.size() });
-    }
-    target.is_read_only().then_some(AttachReason::ReadOnly)
 }
 
 #[cfg(test)]

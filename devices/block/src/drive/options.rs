@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::disk::Disk;
 use crate::errno::Errno;
 
 /// When a guest's write is done.
@@ -258,4 +259,23 @@ pub enum MirrorRefusal {
     /// Images may differ: finish first.
     #[error("The mirror is not finished")]
     NotQuiesced,
+}
+
+/// A bitmap of them has 128 MiB.
+const MOST_CHUNKS: u64 = 1 << 30;
+const GRANULARITY: std::ops::RangeInclusive<u32> = 512..=64 << 20;
+
+/// What a target lacks, if anything.
+pub(super) fn unfit(source: &Disk, target: &Disk, options: &MirrorOptions) -> Option<AttachReason> {
+    let MirrorOptions { granularity, .. } = *options;
+    if !granularity.is_power_of_two() || !GRANULARITY.contains(&granularity) {
+        return Some(AttachReason::Granularity { granularity });
+    }
+    if target.size() < source.size() {
+        return Some(AttachReason::TooSmall { target: target.size(), disk: source.size() });
+    }
+    if source.size() / u64::from(granularity) > MOST_CHUNKS {
+        return Some(AttachReason::TooFine { granularity, disk: source.size() });
+    }
+    target.is_read_only().then_some(AttachReason::ReadOnly)
 }

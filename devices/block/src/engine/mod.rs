@@ -19,6 +19,7 @@
 
 mod cached;
 pub(crate) mod call;
+mod check;
 pub(crate) mod fault;
 pub(crate) mod filter;
 pub(crate) mod memory;
@@ -40,7 +41,7 @@ use self::filter::volatile::VolatileCache;
 use self::filter::{Asked, Filter, Filters};
 pub use self::memory::Buffer;
 pub use self::operation::{Completion, Extent, Operation};
-use self::task::{Lacks, Progress, Target, Task, Zeroes};
+use self::task::{Lacks, Progress, Target, Task};
 use crate::disk::Disk;
 use crate::errno::Errno;
 use crate::error::ResizeError;
@@ -283,7 +284,7 @@ impl Engine {
     /// Takes an operation that has passed the filter. What its buffers must be is the contract of [`Self::queue`].
     fn accept(&mut self, asked: Asked) {
         let Asked { token, operation, aside, fails } = asked;
-        let kept = operation.clone().filter(|_| self.cache.is_some());
+        let kept = self.cache.as_ref().and_then(|_| operation.clone());
         match operation.map_or(Ok(None), |operation| self.check(operation)) {
             Ok(Some(task)) => {
                 let slot = Slot { aside, fails, ..Slot::new(token, task) };
@@ -361,58 +362,6 @@ impl Engine {
 
     fn active(&self) -> usize {
         self.slots.len() - self.free.len()
-    }
-
-    /// Turns an operation into a task; `None` when there is nothing to do.
-    fn check(&self, operation: Operation) -> Result<Option<Task>, Errno> {
-        let invalid = Errno::new(libc::EINVAL);
-        let in_range = |offset: u64, length: u64| {
-            offset.checked_add(length).filter(|end| *end <= self.disk.size()).map(drop).ok_or(invalid)
-        };
-        let writable = || if self.disk.is_read_only() { Err(Errno::new(libc::EROFS)) } else { Ok(()) };
-        match operation {
-            Operation::Read { offset, buffers } => {
-                let length = memory::total(&buffers).ok_or(invalid)?;
-                in_range(offset, length)?;
-                Ok((length > 0).then(|| Task::transfer(&self.target, false, offset, buffers)))
-            }
-            Operation::Write { offset, buffers } => {
-                writable()?;
-                let length = memory::total(&buffers).ok_or(invalid)?;
-                in_range(offset, length)?;
-                Ok((length > 0).then(|| Task::transfer(&self.target, true, offset, buffers)))
-            }
-            Operation::Flush => {
-                let void = self.disk.cache() == Cache::Unsafe || self.disk.is_read_only();
-                Ok((!void).then_some(Task::Sync))
-            }
-            Operation::Discard { offset, length } => {
-                writable()?;
-                in_range(offset, length)?;
-                Ok(self.discard(offset, length))
-            }
-            Operation::WriteZeroes { offset, length, unmap } => {
-                writable()?;
-                in_range(offset, length)?;
-                let unmap = unmap && self.disk.discards();
-                Ok((length > 0).then(|| Task::Zeroes(Zeroes::new(&self.target, offset, length, unmap))))
-            }
-            Operation::Extent { offset, answer } => {
-                in_range(offset, 1)?;
-                let fits = answer.len() == size_of::<Extent>();
-                if fits { Ok(Some(Task::Extent { offset, answer: vec![answer] })) } else { Err(invalid) }
-            }
-        }
-    }
-
-    /// A discard is a hint: on devices it shrinks to whole blocks.
-    fn discard(&self, offset: u64, length: u64) -> Option<Task> {
-        let geometry = self.disk.geometry();
-        let block = if geometry.is_block_device { u64::from(geometry.logical_block_size) } else { 1 };
-        let end = offset + length;
-        let (start, end) = (offset.checked_next_multiple_of(block)?, end - end % block);
-        let useful = self.disk.discards() && !self.target.lacks.discard && start < end;
-        useful.then(|| Task::Discard { offset: start, length: end - start, synced: false })
     }
 
     /// Starts the next sync, for all who wait for one; what they want synced is complete. After one has failed there are no
