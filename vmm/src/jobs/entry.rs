@@ -49,6 +49,8 @@ pub(super) struct Entry {
     /// Bytes done, and bytes in all.
     pub(super) progress: (u64, u64),
     pub(super) actively_synced: bool,
+    /// The disk copies, or has not yet seen that it should not.
+    pub(super) copying: bool,
     /// The disk has been told to end its mirror.
     pub(super) leaving: Option<Answer>,
 }
@@ -68,7 +70,7 @@ pub struct JobInfo {
     pub len: u64,
     /// Bytes per second; 0 is no limit.
     pub speed: u64,
-    /// It works.
+    /// It works, or what it had under way when it was paused still is.
     pub busy: bool,
     /// It stands still.
     pub paused: bool,
@@ -90,9 +92,11 @@ impl Entry {
     /// Learns how far it is, as long as its disk can tell.
     pub(super) fn refresh(&mut self, disks: &dyn Disks) {
         let Work::Mirror { disk, attached: true, .. } = self.work else { return };
-        if let Some(MirrorStatus { done, total, actively_synced, .. }) = disks.mirror_status(disk) {
+        if let Some(status) = disks.mirror_status(disk) {
+            let MirrorStatus { done, total, actively_synced, in_flight, paused, stopped, .. } = status;
             self.progress = (done, total);
             self.actively_synced = actively_synced;
+            self.copying = in_flight > 0 || !(paused || stopped);
         }
     }
 
@@ -106,7 +110,7 @@ impl Entry {
             offset: *offset,
             len: *len,
             speed: job.speed(),
-            busy: job.is_busy(),
+            busy: job.is_busy() || job.status().is_paused() && self.copying,
             paused: job.status().is_paused(),
             ready: matches!(job.status(), JobStatus::Ready | JobStatus::Standby),
             io_status: job.io_status().name(),

@@ -260,8 +260,9 @@ impl Jobs {
     pub(super) fn enlist(&mut self, (job, steps): (Job, Vec<Step>), work: Work, group: Option<u64>) -> u64 {
         let number = self.numbers;
         self.numbers += 1;
-        let (progress, actively_synced, leaving) = ((0, 0), false, None);
-        self.entries.push(Entry { number, group, job, work, progress, actively_synced, leaving });
+        let (progress, leaving) = ((0, 0), None);
+        let (actively_synced, copying) = (false, false);
+        self.entries.push(Entry { number, group, job, work, progress, actively_synced, copying, leaving });
         self.publish(number, &steps);
         number
     }

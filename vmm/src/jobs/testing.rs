@@ -158,7 +158,7 @@ impl Disks for FakeDisks {
             in_flight: 0,
             speed: 0,
             ready: false,
-            paused: false,
+            paused: true,
             stopped: false,
             failed: false,
             actively_synced: done == total,
