@@ -14,6 +14,7 @@ mod payload;
 
 mod bad_input;
 mod beside;
+mod block_cases;
 mod boot;
 mod cli;
 mod clients;
