@@ -71,6 +71,8 @@ impl DurableError {
 pub(crate) enum Role {
     Journal,
     Witness,
+    Disks,
+    Stamp,
 }
 
 impl Role {
@@ -79,6 +81,8 @@ impl Role {
         match self {
             Self::Journal => "journal",
             Self::Witness => "witness",
+            Self::Disks => "disks",
+            Self::Stamp => "stamp",
         }
     }
 
@@ -87,6 +91,8 @@ impl Role {
         match self {
             Self::Journal => "the journal",
             Self::Witness => "the witness",
+            Self::Disks => "the durable configuration",
+            Self::Stamp => "the stamp",
         }
     }
 
@@ -309,7 +315,7 @@ mod tests {
         let base = tempfile::tempdir_in("/dev/shm").unwrap();
         let error = make_directory(&base.path().join("vm")).unwrap_err();
         assert!(matches!(error, DurableError::Volatile { .. }), "{error}");
-        let error = replace(Role::Witness, &base.path().join("disks.json"), b"{}", "commit").unwrap_err();
+        let error = replace(Role::Disks, &base.path().join("disks.json"), b"{}", "commit").unwrap_err();
         assert!(matches!(error, DurableError::Volatile { .. }), "{error}");
         assert!(!base.path().join("disks.json").exists());
     }
@@ -319,10 +325,10 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let path = base.path().join("f");
         for content in ["first", "second, longer", "3"] {
-            replace(Role::Witness, &path, content.as_bytes(), "commit").unwrap();
+            replace(Role::Disks, &path, content.as_bytes(), "commit").unwrap();
             assert_eq!(fs::read_to_string(&path).unwrap(), content);
         }
-        assert!(remove(Role::Witness, &path).unwrap());
-        assert!(!remove(Role::Witness, &path).unwrap());
+        assert!(remove(Role::Disks, &path).unwrap());
+        assert!(!remove(Role::Disks, &path).unwrap());
     }
 }

@@ -3,7 +3,8 @@
 //! A place has a name of three words, `FILE.STEP.POINT`:
 //!
 //! ```text
-//!   journal.STAGE.POINT       STAGE: epoch, planned, …, pivot-intent, …, done (`Stage::name`), create, compact
+//!   journal.STAGE.POINT       STAGE: planned, …, pivot-intent, …, done (`Stage::name`); epoch: taken over;
+//!                             settle: the last record again; create and compact: the whole file
 //!   witness.STEP.POINT        create, pivoted, revoked, remove
 //!   disks.commit.POINT        the durable configuration
 //!   stamp.STEP.POINT          incomplete, superseded, remove

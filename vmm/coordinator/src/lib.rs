@@ -14,6 +14,7 @@
 //! socket will do.
 
 mod connection;
+pub mod disks;
 mod durable;
 pub mod failpoint;
 mod guest;
@@ -21,6 +22,8 @@ pub mod journal;
 mod monitor;
 pub mod recipes;
 pub mod record;
+pub mod resolve;
+pub mod stamp;
 mod state_dir;
 #[cfg(test)]
 mod testing;

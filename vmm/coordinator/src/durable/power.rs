@@ -26,8 +26,8 @@ pub(super) fn is_new(path: &Path) {
 /// A file is about to be replaced or removed: until that is synced it has the content it had, or is not there.
 pub(super) fn is_as_before(path: &Path) {
     match File::open(path) {
-        Ok(file) => is_there(&file),
-        Err(_) => is_new(path),
+        Ok(file) if path.is_file() => is_there(&file),
+        _ => is_new(path),
     }
 }
 

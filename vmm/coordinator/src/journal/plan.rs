@@ -70,7 +70,14 @@ impl ImageId {
         Ok(Self { path: fs::canonicalize(parent)?.join(name), file: None, size })
     }
 
-    /// Whether `path` leads to this image, by whatever name.
+    /// Whether `path` is a name of this image, be it there or not.
+    pub fn is_named(&self, path: &Path) -> bool {
+        let canonical = fs::canonicalize(path).or_else(|_| Self::planned(path, 0).map(|image| image.path));
+        canonical.is_ok_and(|path| path == self.path)
+    }
+
+    /// Whether `path` leads to this image, by whatever name: also a hard link. Inodes are used again, so this is for
+    /// images that are open.
     pub fn is_at(&self, path: &Path) -> bool {
         let canonical = fs::canonicalize(path);
         canonical.is_ok_and(|path| path == self.path)
@@ -150,8 +157,11 @@ mod tests {
         assert_eq!(image, ImageId::of(&a).unwrap());
         assert_eq!(image.size, 512);
         assert!(image.is_at(&a) && image.is_at(&link) && image.is_at(&hard));
+        assert!(image.is_named(&link) && !image.is_named(&hard));
         assert!(!image.is_at(&b) && !image.is_at(&base.path().join("none")));
         assert!(planned.is_at(&b) && !planned.is_at(&a));
+        fs::remove_file(&b).unwrap();
+        assert!(planned.is_named(&b) && !planned.is_at(&b));
         assert!(ImageId::planned(&base.path().join("no/c.raw"), 0).is_err());
     }
 }

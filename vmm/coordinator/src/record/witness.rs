@@ -155,6 +155,20 @@ impl Witness {
         Ok(Some(Decision { verdict, operation: record.operation, details: record.payload }))
     }
 
+    /// Whether nothing was ever written to it, not even a torn decision.
+    ///
+    /// # Errors
+    ///
+    /// [`WitnessError::File`].
+    pub fn is_blank(&self) -> Result<bool, WitnessError> {
+        for slot in 0..SLOTS {
+            if self.slot(slot)?.iter().any(|&byte| byte != 0) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Whether this operation may use it: it is empty, or this operation's own.
     ///
     /// # Errors

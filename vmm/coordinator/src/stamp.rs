@@ -1,0 +1,214 @@
+//! A note beside an image which says that it is not to be booted: not complete yet, or not the disk any more.
+//!
+//! ```text
+//!   target   INCOMPLETE{operation} ──── pivoted, durable configuration names it ────▶ no stamp
+//!   source   no stamp ─────────────── the same, and it is to be retired ────────────▶ SUPERSEDED{operation, by}
+//! ```
+//!
+//! It is a file `IMAGE.stamp` that holds one record: a raw image has no room of its own. A block device has its stamp in
+//! the directory `.stamps` beside the state directories, under what the kernel knows as the device's identity, or else
+//! its number, which may be another one after the machine has started again.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::durable::{self, Durable, DurableError, Role, with_suffix};
+use crate::journal::ImageId;
+use crate::record::{Damage, Operation, RECORD_MAX, Record, TooLong};
+use crate::state_dir::StateDir;
+
+/// Why a stamp cannot be read or set.
+#[derive(Debug, thiserror::Error)]
+pub enum StampError {
+    /// The file cannot be read, written or removed.
+    #[error(transparent)]
+    File(#[from] DurableError),
+    /// It holds no stamp.
+    #[error("{} is no stamp of an image", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Damage,
+    },
+    /// Names that are too long.
+    #[error("The stamp does not fit into a record")]
+    TooLong(#[from] TooLong),
+}
+
+/// Why an image is not to be booted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StampKind {
+    /// An operation is filling it, or was when it ended.
+    Incomplete,
+    /// Another image has taken its place.
+    Superseded {
+        /// That one.
+        by: PathBuf,
+    },
+}
+
+impl StampKind {
+    fn number(&self) -> u16 {
+        match self {
+            Self::Incomplete => 1,
+            Self::Superseded { .. } => 2,
+        }
+    }
+
+    fn step(&self) -> &'static str {
+        match self {
+            Self::Incomplete => "incomplete",
+            Self::Superseded { .. } => "superseded",
+        }
+    }
+}
+
+/// The stamp of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    /// What it says.
+    pub kind: StampKind,
+    /// Who set it.
+    pub operation: Operation,
+    /// Whose operation that is.
+    pub vm: String,
+}
+
+impl Stamp {
+    /// The stamp of the image at `image`, if it has one. `state` is that of any VM.
+    ///
+    /// # Errors
+    /// [`StampError`].
+    pub fn read(state: &StateDir, image: &Path) -> Result<Option<Self>, StampError> {
+        let path = path_of(state, image);
+        let file = match Durable::open_to_read(Role::Stamp, &path) {
+            Ok(file) => file,
+            Err(error) if error.is_not_found() => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let mut bytes = vec![0; RECORD_MAX];
+        file.read_at(&mut bytes, 0)?;
+        let damaged = |source| StampError::Damaged { path: path.clone(), source };
+        let (record, _) = Record::decode(&bytes).map_err(damaged)?;
+        Self::of(record).ok_or_else(|| damaged(Damage::Checksum)).map(Some)
+    }
+
+    fn of(record: Record) -> Option<Self> {
+        let Record { kind, operation, payload, .. } = record;
+        let vm = payload.get("vm")?.as_str()?.to_owned();
+        let by = || payload.get("by").and_then(Value::as_str).map(PathBuf::from);
+        let kind = match kind {
+            1 => StampKind::Incomplete,
+            2 => StampKind::Superseded { by: by()? },
+            _ => return None,
+        };
+        Some(Self { kind, operation, vm })
+    }
+
+    /// Stamps the image at `image`, in place of what stamp it has. It lasts when this returns.
+    ///
+    /// # Errors
+    /// [`StampError`].
+    pub fn write(&self, state: &StateDir, image: &Path) -> Result<(), StampError> {
+        let mut payload = json!({"vm": self.vm});
+        if let StampKind::Superseded { by } = &self.kind {
+            payload["by"] = by.to_string_lossy().into();
+        }
+        let record = Record { kind: self.kind.number(), sequence: 1, operation: self.operation, payload };
+        let path = path_of(state, image);
+        if path.starts_with(state.base())
+            && let Some(directory) = path.parent()
+        {
+            durable::make_directory(directory)?;
+        }
+        Ok(durable::replace(Role::Stamp, &path, &record.encode()?, self.kind.step())?)
+    }
+
+    /// Removes the stamp of an image, durably, if it is one of this operation. Tells whether it was.
+    ///
+    /// # Errors
+    /// [`StampError`].
+    pub fn remove(state: &StateDir, image: &Path, operation: &Operation) -> Result<bool, StampError> {
+        match Self::read(state, image)? {
+            Some(stamp) if stamp.operation.id == operation.id => {
+                Ok(durable::remove(Role::Stamp, &path_of(state, image))?)
+            }
+            _ => Ok(false),
+        }
+    }
+}
+
+/// Where the stamp of an image is.
+pub fn path_of(state: &StateDir, image: &Path) -> PathBuf {
+    let metadata = fs::metadata(image);
+    if let Some(device) = metadata.ok().filter(|metadata| metadata.file_type().is_block_device()) {
+        let name = format!("{}.stamp", device_identity(device.rdev()));
+        return state.base().join(".stamps").join(name);
+    }
+    let canonical = fs::canonicalize(image).or_else(|_| ImageId::planned(image, 0).map(|image| image.path));
+    with_suffix(&canonical.unwrap_or_else(|_| image.to_owned()), ".stamp")
+}
+
+/// What stays the same of a block device, as a file name.
+fn device_identity(number: u64) -> String {
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    let sys = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+    let said = |file: &str| -> io::Result<String> { fs::read_to_string(sys.join(file)) };
+    // Device mapper; NVMe; SCSI; virtio-blk. A partition has none of its own.
+    let mut files = ["dm/uuid", "wwid", "device/wwid", "serial"].into_iter();
+    let identity = files.find_map(|file| said(file).ok().filter(|text| !text.trim().is_empty()));
+    let identity = identity.map_or(format!("{major}:{minor}"), |text| text.trim().to_owned());
+    let plain = |c: char| if c.is_ascii_alphanumeric() || "._:-".contains(c) { c } else { '_' };
+    format!("block-{}", identity.chars().map(plain).take(200).collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn operation(id: u128) -> Operation {
+        Operation { id: Uuid::from_u128(id), generation: 3, epoch: 1 }
+    }
+
+    #[test]
+    fn an_image_has_the_last_stamp_it_was_given_until_its_operation_removes_it() {
+        let base = tempfile::tempdir().unwrap();
+        let state = StateDir::below(&base.path().join("state"), "vm").unwrap();
+        let image = base.path().join("a.raw");
+        fs::write(&image, "").unwrap();
+        let link = base.path().join("link");
+        std::os::unix::fs::symlink(&image, &link).unwrap();
+        assert_eq!(Stamp::read(&state, &image).unwrap(), None);
+        let incomplete = Stamp { kind: StampKind::Incomplete, operation: operation(1), vm: "vm".into() };
+        incomplete.write(&state, &link).unwrap();
+        assert_eq!(Stamp::read(&state, &image).unwrap().as_ref(), Some(&incomplete));
+        assert!(base.path().join("a.raw.stamp").exists());
+        let kind = StampKind::Superseded { by: "/img/b.raw".into() };
+        let superseded = Stamp { kind, ..incomplete };
+        superseded.write(&state, &image).unwrap();
+        assert_eq!(Stamp::read(&state, &link).unwrap(), Some(superseded));
+        assert!(!Stamp::remove(&state, &image, &operation(2)).unwrap());
+        assert!(Stamp::remove(&state, &image, &operation(1)).unwrap());
+        assert_eq!(Stamp::read(&state, &image).unwrap(), None);
+        assert!(!state.base().exists());
+    }
+
+    #[test]
+    fn a_stamp_that_cannot_be_read_is_not_taken_for_none() {
+        let base = tempfile::tempdir().unwrap();
+        let state = StateDir::below(base.path(), "vm").unwrap();
+        let image = base.path().join("a.raw");
+        for content in ["", "something else"] {
+            fs::write(base.path().join("a.raw.stamp"), content).unwrap();
+            let error = Stamp::read(&state, &image).unwrap_err();
+            assert!(matches!(error, StampError::Damaged { .. }), "{error}");
+        }
+    }
+}
