@@ -87,7 +87,7 @@ impl BlkBackend {
     }
 
     /// Begins to save to `target` what the disk holds once what is in flight is over: what the guest changes is copied
-    /// first, and its write waits for that. [`MirrorReport::Ready`](super::MirrorReport::Ready) tells that the backup is
+    /// first, and its write waits for that. [`MirrorReport::Ready`] tells that the backup is
     /// complete and durable; then it is to be detached. The rest is as with [`Self::start_mirror`].
     ///
     /// # Errors
