@@ -307,7 +307,10 @@ impl Monitor {
 
     /// Runs a command with arguments that must succeed.
     pub fn run_with(&mut self, command: &str, arguments: &Value) -> Value {
-        self.try_run(command, arguments).unwrap_or_else(|error| panic!("{command} {arguments}: {error}"))
+        self.try_run(command, arguments).unwrap_or_else(|error| {
+            let why = error.refusal().map(|refusal| refusal.desc.clone()).unwrap_or_default();
+            panic!("{command} {arguments}: {error}: {why}")
+        })
     }
 
     /// Runs a command.

@@ -30,6 +30,7 @@ mod guest_commands;
 mod harness;
 mod jobs;
 mod monitor;
+mod pivot;
 mod ports;
 mod stock_qemu;
 mod story;

@@ -33,9 +33,6 @@ use crate::vcpu::{VcpuError, VcpuEvent};
 /// How long a disk may take to finish what is in flight and to flush: as long as slow storage is still alive.
 const DISK_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Ends of the guest that are kept; each vCPU has one to tell, or a few.
-const DEFERRED_MAX: usize = 64;
-
 /// Why an input had no effect.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
@@ -225,15 +222,7 @@ impl Controller {
             tracing::debug!(machine, index, ?event, "A vCPU of a machine that is gone");
             return Ok(());
         }
-        if self.must_wait(&event) {
-            tracing::info!(
-                index,
-                ?event,
-                "The guest ends: held back until the operation in progress is decided"
-            );
-            if self.deferred.len() < DEFERRED_MAX {
-                self.deferred.push_back((machine, index, event));
-            }
+        if self.holds_back(machine, index, &event) {
             return Ok(());
         }
         let on = self.fixed.spec.on_guest;

@@ -6,6 +6,9 @@ use crate::jobs::registry::JobDone;
 use crate::monitor::BlockLayer;
 use crate::vcpu::VcpuEvent;
 
+/// Ends of the guest that are kept; each vCPU has one to tell, or a few.
+const DEFERRED_MAX: usize = 64;
+
 impl Controller {
     /// Block nodes and jobs, and the disks they work on.
     pub fn block(&mut self) -> BlockLayer<'_> {
@@ -40,7 +43,7 @@ impl Controller {
 
     /// A guest that ends while its disks are being exchanged waits until it is decided which they are: whatever is read
     /// from the outcome of the operation is true when the VM is gone.
-    pub(super) fn must_wait(&self, event: &VcpuEvent) -> bool {
+    pub(super) fn holds_back(&mut self, machine: u64, index: u8, event: &VcpuEvent) -> bool {
         let ends = match event {
             VcpuEvent::Shutdown
             | VcpuEvent::SuspendToDisk
@@ -49,7 +52,18 @@ impl Controller {
             | VcpuEvent::Panicked => true,
             VcpuEvent::SuspendToRam | VcpuEvent::CrashLoaded | VcpuEvent::Fault(_) => false,
         };
-        ends && self.jobs.open_operation().is_some()
+        let holds_back = ends && self.jobs.open_operation().is_some();
+        if holds_back {
+            tracing::warn!(
+                index,
+                ?event,
+                "The guest ends: held back until the operation in progress is decided"
+            );
+            if self.deferred.len() < DEFERRED_MAX {
+                self.deferred.push_back((machine, index, event.clone()));
+            }
+        }
+        holds_back
     }
 
     /// Decides an operation that is in progress, and ends all jobs: the VM is about to end.
