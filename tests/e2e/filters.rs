@@ -129,3 +129,85 @@ fn a_limit_is_kept_and_a_stop_does_not_wait_for_it(vm: &mut Vm<'_>, monitor: &mu
     let ended = |vm: &mut Vm<'_>| vm.sh("cat /tmp/slow 2>/dev/null; true").parse::<u8>().ok();
     assert_eq!(eventually("the write's end", || ended(vm)), 0);
 }
+
+/// `count` blocks of 4 KiB from block `first` on, of lines of one letter; nothing is flushed.
+fn write(vm: &mut Vm<'_>, device: &str, letter: char, first: u64, count: u64) {
+    vm.sh(&format!(
+        "yes {letter} | dd of=/dev/{device} bs=4096 seek={first} count={count} iflag=fullblock oflag=direct 2>/dev/null"
+    ));
+}
+
+fn flush(vm: &mut Vm<'_>, device: &str) {
+    vm.sh(&format!("dd if=/dev/null of=/dev/{device} conv=fsync,notrunc 2>/dev/null"));
+}
+
+/// The letter of each of the first blocks of an image, `.` where there is none, `?` where there is more than one thing.
+fn letters(image: &Path, blocks: usize) -> String {
+    let bytes = fs::read(image).unwrap();
+    let letter = |block: &[u8]| match block[0] {
+        0 if block.iter().all(|byte| *byte == 0) => '.',
+        letter if block.chunks(2).all(|pair| pair == [letter, b'\n']) => letter.into(),
+        _ => '?',
+    };
+    bytes.chunks(4096).take(blocks).map(letter).collect()
+}
+
+#[test]
+fn what_was_not_flushed_is_lost_with_the_process_and_nothing_else() {
+    let Some(lab) = Lab::new("power") else { return };
+    let [plain, early, target] = ["plain", "early", "target"].map(|name| lab.image(name, 16 * MIB));
+    let disks = [&plain, &early]
+        .map(|image| format!("{},id={}", image.display(), image.file_name().unwrap().display()));
+    let faults = ["plain:op=volatile-cache", "early:op=volatile-cache,seed=1"];
+    let args = ["--disk", &disks[0], "--disk", &disks[1], "--fault", faults[0], "--fault", faults[1]];
+    let mut vm = lab.boot("power", &args);
+    let mut monitor = vm.monitor();
+
+    write(&mut vm, "vda", 'a', 0, 6);
+    assert_eq!(letters(&plain, 8), "........");
+    let seen = vm.sh("dd if=/dev/vda bs=4096 count=6 iflag=direct 2>/dev/null | tr -d '\\n' | tr -s a");
+    assert_eq!(seen, "a", "the guest sees what it has written");
+    let fault = block(&mut monitor, "plain")["tarn-faults"][0].clone();
+    assert_eq!((&fault["op"], fault.get("seed")), (&json!("volatile-cache"), None));
+    assert!(fault["unflushed"].as_u64() >= Some(6 * 4096), "{fault}");
+    flush(&mut vm, "vda");
+    assert_eq!(letters(&plain, 8), "aaaaaa..");
+
+    // Who stops a VM finds everything, and so does who does not want the fault any more.
+    write(&mut vm, "vda", 'b', 1, 1);
+    monitor.run("stop");
+    assert_eq!(letters(&plain, 8), "abaaaa..");
+    monitor.run("cont");
+    write(&mut vm, "vda", 'c', 2, 1);
+    monitor.run_with("tarn-fault-remove", &json!({"device": "plain"}));
+    eventually("what was kept", || (letters(&plain, 8) == "abcaaa..").then_some(()));
+    write(&mut vm, "vda", 'd', 3, 1);
+    assert_eq!(letters(&plain, 8), "abcdaa..");
+    add_fault(&mut monitor, &json!({"device": "plain", "op": "volatile-cache"}));
+    write(&mut vm, "vda", 'e', 4, 1);
+
+    // A mirror copies what is kept; its target has a cache of its own, which it brings along.
+    monitor.run_with("blockdev-add", &json!({"driver": "file", "node-name": "t", "filename": target}));
+    add_fault(&mut monitor, &json!({"node-name": "t", "op": "volatile-cache"}));
+    monitor.run_with(
+        "blockdev-mirror",
+        &json!({"job-id": "m", "device": "plain", "target": "t", "sync": "full"}),
+    );
+    monitor.await_event("BLOCK_JOB_READY");
+    assert_eq!(letters(&plain, 8), "abcdaa..");
+    monitor.run_with("block-job-complete", &json!({"device": "m"}));
+    monitor.await_event("BLOCK_JOB_COMPLETED");
+    assert_eq!(letters(&target, 8), "abcdea..");
+    assert_eq!(block(&mut monitor, "plain")["tarn-faults"][0]["node-name"], "t");
+    write(&mut vm, "vda", 'f', 5, 1);
+
+    write(&mut vm, "vdb", 'a', 0, 64);
+    flush(&mut vm, "vdb");
+    (32..96).for_each(|at| write(&mut vm, "vdb", 'b', at, 1));
+    vm.kill();
+    assert_eq!(letters(&target, 8), "abcdea..", "the last write was not flushed");
+    let left = letters(&early, 97);
+    assert_eq!((&left[..32], &left[96..]), (&*"a".repeat(32), "."));
+    let early: String = left[32..96].chars().map(|letter| if letter == 'b' { 'b' } else { '-' }).collect();
+    assert!(early.contains('b') && early.contains('-'), "some of it was early: {left}");
+}
