@@ -31,7 +31,7 @@ fn a_disk_moves_under_a_guest_that_writes() {
     ends_with_the_vm(&mut vm, &mut monitor, [&first, &second]);
 }
 
-pub fn add(monitor: &mut Monitor, name: &str, image: &Path) {
+fn add(monitor: &mut Monitor, name: &str, image: &Path) {
     let file = json!({"driver": "file", "filename": image});
     monitor.run_with("blockdev-add", &json!({"driver": "raw", "node-name": name, "file": file}));
 }

@@ -12,7 +12,6 @@
 #[path = "../payload/mod.rs"]
 mod payload;
 
-mod backup;
 mod bad_input;
 mod beside;
 mod block_cases;

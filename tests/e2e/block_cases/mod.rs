@@ -11,8 +11,10 @@
 //! | `refusals.rs` | arguments, sizes, wrong moments |
 //! | `writes.rs` | what the guest writes, zeroes and discards while a job runs |
 //! | `pivots.rs` | pivots back and forth under a load that checks itself |
+//! | `backups.rs` | copies of one moment, of one disk and of two |
 //! | `crashes.rs` | a VMM that is killed while a job holds its guest, and at random moments |
 
+mod backups;
 mod crashes;
 mod machine;
 mod phases;
@@ -65,6 +67,20 @@ fn what_the_guest_does_while_a_job_runs_is_in_the_copy() {
     writes::discards_and_zeroes_are_zeroes_in_the_copy(&lab, &mut machine);
     writes::disks_of_odd_sizes_are_mirrored_to_their_last_sector(&lab, &mut machine);
     pivots::a_guest_that_checks_its_data_pivots_back_and_forth(&lab, &mut machine);
+}
+
+#[test]
+fn a_backup_is_the_disk_at_one_moment_while_the_guest_writes() {
+    let Some((lab, program)) = place("block-backups") else { return };
+    let mut machine = Machine::boot(&lab, &program, "backups", &backups::disks(&lab));
+    backups::prepare(&lab, &mut machine);
+    backups::a_copy_is_the_disk_as_of_its_start(&lab, &mut machine);
+    backups::two_copies_of_a_transaction_are_of_one_moment(&lab, &mut machine);
+    backups::a_transaction_fails_as_a_whole(&lab, &mut machine);
+    backups::a_guest_does_not_wait_for_a_copy_that_cannot_be_made(&lab, &mut machine);
+    backups::a_copy_that_is_pending_holds_nobody(&lab, &mut machine);
+    backups::a_copy_of_changes_alone_ends_when_it_is_cancelled(&lab, &mut machine);
+    backups::a_backup_goes_on_while_the_vm_stands_still(&lab, &mut machine);
 }
 
 #[test]
