@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use block::{CopyMode, MirrorStatus};
 
@@ -51,6 +52,8 @@ pub(super) struct Entry {
     pub(super) actively_synced: bool,
     /// The disk copies, or has not yet seen that it should not.
     pub(super) copying: bool,
+    /// While its disk can tell.
+    estimates: Estimates,
     /// The disk has been told to end its mirror.
     pub(super) leaving: Option<Answer>,
 }
@@ -86,17 +89,37 @@ pub struct JobInfo {
     pub error: Option<String>,
     /// Mirrors: both images are the same, and each write goes to both.
     pub actively_synced: Option<bool>,
+    /// What is to be expected.
+    pub estimates: Estimates,
+}
+
+/// What a job that copies a disk expects at the rates of the last seconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Estimates {
+    /// How long it takes until nothing remains to be copied; not known while it stands still, nor when the guest writes
+    /// faster than it copies.
+    pub remaining: Option<Duration>,
+    /// Mirrors: how long the guest would be held for a pivot now.
+    pub hold: Option<Duration>,
 }
 
 impl Entry {
+    pub(super) fn new(number: u64, group: Option<u64>, job: Job, work: Work) -> Self {
+        let (progress, actively_synced, copying, estimates, leaving) =
+            ((0, 0), false, false, Estimates::default(), None);
+        Self { number, group, job, work, progress, actively_synced, copying, estimates, leaving }
+    }
+
     /// Learns how far it is, as long as its disk can tell.
     pub(super) fn refresh(&mut self, disks: &dyn Disks) {
         let Work::Mirror { disk, attached: true, .. } = self.work else { return };
         if let Some(status) = disks.mirror_status(disk) {
             let MirrorStatus { done, total, actively_synced, in_flight, paused, stopped, .. } = status;
+            let MirrorStatus { remaining_time, expected_hold, .. } = status;
             self.progress = (done, total);
             self.actively_synced = actively_synced;
             self.copying = in_flight > 0 || !(paused || stopped);
+            self.estimates = Estimates { remaining: remaining_time, hold: expected_hold };
         }
     }
 
@@ -118,6 +141,17 @@ impl Entry {
             auto_dismiss,
             error: job.error().map(str::to_owned),
             actively_synced: (job.kind() == JobKind::Mirror).then_some(self.actively_synced),
+            estimates: self.estimates(),
+        }
+    }
+
+    fn estimates(&self) -> Estimates {
+        let Estimates { remaining, hold } = self.estimates;
+        match (&self.work, self.job.kind()) {
+            (Work::Mirror { attached: true, .. }, kind) if self.job.is_busy() => {
+                Estimates { remaining, hold: hold.filter(|_| kind == JobKind::Mirror) }
+            }
+            _ => Estimates::default(),
         }
     }
 

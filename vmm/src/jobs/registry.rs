@@ -11,8 +11,8 @@ use protocol::Error;
 
 use super::create::{self, Preallocation};
 use super::disks::{Disks, NotDone};
-pub use super::entry::JobInfo;
 use super::entry::{Entry, Maker, Work};
+pub use super::entry::{Estimates, JobInfo};
 use super::lifecycle::{Job, JobKind, JobOptions, JobRefused, Note, Order, Report, Request, Step};
 use super::nodes::{Nodes, is_well_formed};
 use super::pivoting::Pivoting;
@@ -260,9 +260,7 @@ impl Jobs {
     pub(super) fn enlist(&mut self, (job, steps): (Job, Vec<Step>), work: Work, group: Option<u64>) -> u64 {
         let number = self.numbers;
         self.numbers += 1;
-        let (progress, leaving) = ((0, 0), None);
-        let (actively_synced, copying) = (false, false);
-        self.entries.push(Entry { number, group, job, work, progress, actively_synced, copying, leaving });
+        self.entries.push(Entry::new(number, group, job, work));
         self.publish(number, &steps);
         number
     }

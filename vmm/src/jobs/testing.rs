@@ -24,6 +24,8 @@ struct State {
     log: Rc<RefCell<Vec<String>>>,
     orders: Vec<(usize, Order)>,
     progress: (u64, u64),
+    /// Until nothing remains, and of a pivot's hold.
+    estimates: (Option<Duration>, Option<Duration>),
     /// What the next order to end is answered with.
     failure: Option<NotDone>,
     /// What the next start is.
@@ -52,6 +54,11 @@ impl FakeDisks {
     /// Bytes done and bytes in all, of every mirror.
     pub fn progress(&self, done: u64, total: u64) {
         self.0.borrow_mut().progress = (done, total);
+    }
+
+    /// What is to be expected of every mirror: until nothing remains, and of a pivot's hold.
+    pub fn expect(&self, remaining: Option<Duration>, hold: Option<Duration>) {
+        self.0.borrow_mut().estimates = (remaining, hold);
     }
 
     /// The next end fails.
@@ -166,8 +173,8 @@ impl Disks for FakeDisks {
             error: None,
             copy_rate: None,
             dirty_rate: None,
-            remaining_time: None,
-            expected_hold: None,
+            remaining_time: state.estimates.0,
+            expected_hold: state.estimates.1,
         })
     }
 }

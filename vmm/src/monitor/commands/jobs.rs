@@ -10,7 +10,7 @@ use super::super::vm::BlockLayer;
 use super::mirror::COPY_MODES;
 use super::{Call, Command, nothing};
 use crate::jobs::lifecycle::{JobKind, Request};
-use crate::jobs::registry::{Family, JobInfo};
+use crate::jobs::registry::{Estimates, Family, JobInfo};
 
 pub(super) const COMMANDS: &[Command] = &[
     verb("block-job-pause", &DEVICE, |call| ask(call, Family::BlockJob, "device", Request::Pause)),
@@ -84,10 +84,16 @@ static BLOCK_JOB_INFO: Object = Object {
         required("auto-finalize", Type::Bool),
         required("auto-dismiss", Type::Bool),
         optional("error", Type::Str),
+        // Ours: how long it takes until nothing remains to be copied, in milliseconds; absent when that is not known.
+        optional("tarn-remaining-ms", Type::Int),
     ],
     variants: Some(Variants { tag: "type", cases: &[("mirror", &BLOCK_JOB_INFO_MIRROR)] }),
 };
-static BLOCK_JOB_INFO_MIRROR: Object = Object::new(&[required("actively-synced", Type::Bool)]);
+static BLOCK_JOB_INFO_MIRROR: Object = Object::new(&[
+    required("actively-synced", Type::Bool),
+    // Ours: how long the guest would be held for a pivot now, in microseconds; absent when that is not known.
+    optional("tarn-expected-hold-us", Type::Int),
+]);
 
 fn ask(call: &mut Call<'_>, family: Family, member: &str, request: Request) -> Result<Value, Error> {
     let id = call.args.string(member)?;
@@ -167,6 +173,14 @@ fn block_job_info(job: &JobInfo) -> Value {
     }
     if let (JobKind::Mirror, Some(synced)) = (job.kind, job.actively_synced) {
         info["actively-synced"] = synced.into();
+    }
+    let Estimates { remaining, hold } = job.estimates;
+    let whole = |units: u128| i64::try_from(units).unwrap_or(i64::MAX);
+    if let Some(remaining) = remaining {
+        info["tarn-remaining-ms"] = whole(remaining.as_millis()).into();
+    }
+    if let Some(hold) = hold {
+        info["tarn-expected-hold-us"] = whole(hold.as_micros()).into();
     }
     info
 }

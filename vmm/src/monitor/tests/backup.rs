@@ -141,6 +141,28 @@ fn a_backup_is_paused_slowed_down_and_cancelled() {
 }
 
 #[test]
+fn what_is_to_be_expected_is_told_while_it_is_known() {
+    use std::time::Duration;
+    let expected = |play: &mut Play| {
+        let jobs = play.query("query-block-jobs");
+        conforms(&jobs, &commands::find("query-block-jobs").unwrap().returns).unwrap();
+        ["tarn-remaining-ms", "tarn-expected-hold-us"].map(|name| jobs[0].get(name).and_then(Value::as_i64))
+    };
+    let mut saved = with_backup(none());
+    assert_eq!(expected(&mut saved), [None, None]);
+    saved.lab.vm.disks.expect(Some(Duration::from_micros(1_500_000)), Some(Duration::from_micros(2300)));
+    assert_eq!(expected(&mut saved), [Some(1500), None]);
+    saved.ask("job-pause", json!({"id": "b0"}));
+    assert_eq!(expected(&mut saved), [None, None]);
+    let mut mirrored = Play::with_target();
+    mirrored.ask("blockdev-mirror", arguments(none()));
+    mirrored.lab.vm.disks.expect(Some(Duration::MAX), Some(Duration::from_micros(2300)));
+    assert_eq!(expected(&mut mirrored), [Some(i64::MAX), Some(2300)]);
+    mirrored.lab.vm.disks.expect(None, None);
+    assert_eq!(expected(&mut mirrored), [None, None]);
+}
+
+#[test]
 fn errors_of_a_backup_follow_the_policy() {
     let mut play = with_backup(json!({"on-target-error": "enospc"}));
     let error = |action, nospace| Report::Error { is_read: false, action, nospace };
