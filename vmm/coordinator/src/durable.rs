@@ -64,6 +64,11 @@ impl DurableError {
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
+
+    /// Whether the file was there already.
+    pub fn is_already_there(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::AlreadyExists)
+    }
 }
 
 /// What a file is for.
@@ -258,6 +263,39 @@ pub(crate) fn remove(role: Role, path: &Path) -> Result<bool, DurableError> {
     power::is_gone(path);
     place("done").map_err(role.failed("sync the directory of", path))?;
     Ok(true)
+}
+
+/// Refuses a directory that only lives in memory.
+pub(crate) fn check_directory(path: &Path, what: &'static str) -> Result<(), DurableError> {
+    let directory = File::open(path).map_err(failed("open", DIRECTORY, path))?;
+    check_filesystem(&directory, what, path)
+}
+
+/// Makes an image of so many bytes, all zero; it lasts, like its name.
+pub(crate) fn create_image(path: &Path, size: u64) -> Result<(), DurableError> {
+    const WHAT: &str = "the image";
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    let file = file.map_err(failed("create", WHAT, path))?;
+    file.set_len(size).map_err(failed("size", WHAT, path))?;
+    file.sync_all().map_err(failed("sync", WHAT, path))?;
+    sync_directory_of(path)
+}
+
+/// Syncs what others have written to an image.
+pub(crate) fn sync_image(path: &Path) -> Result<(), DurableError> {
+    let file = OpenOptions::new().write(true).open(path).map_err(failed("open", "the image", path))?;
+    file.sync_all().map_err(failed("sync", "the image", path))
+}
+
+/// Removes an image, durably. One that is not there is no error.
+pub(crate) fn remove_image(path: &Path) -> Result<(), DurableError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => {
+            removed.map_err(failed("remove", "the image", path))?;
+            sync_directory_of(path)
+        }
+    }
 }
 
 /// Makes a directory and those above it, for this user alone; it lasts, like its name.

@@ -20,6 +20,7 @@ pub mod failpoint;
 mod guest;
 pub mod journal;
 mod monitor;
+pub mod operation;
 pub mod recipes;
 pub mod record;
 pub mod resolve;

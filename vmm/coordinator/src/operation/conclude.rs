@@ -1,0 +1,199 @@
+//! What follows from a decision, and how everything is given back: to the guest, to the VM, to the host.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value, json};
+
+use super::freeze::Freezer;
+use super::steps::{Halt, Runner, chain};
+use super::vm::JobNow;
+use crate::disks::DurableDisks;
+use crate::durable;
+use crate::journal::{Consistency, Hold, Side, Stage};
+use crate::record::witness::Witness;
+use crate::resolve;
+use crate::stamp::Stamp;
+
+/// How long a job that was cancelled may take to leave.
+const LEAVING: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_millis(50);
+
+impl Runner<'_> {
+    /// The targets are the disks: in the durable configuration before the guest goes on, then everywhere else.
+    pub(super) fn conclude_target(&mut self) -> Result<(), Halt> {
+        let (state, plan) = (self.journal.state_dir().clone(), self.plan());
+        if !self.progress().is_configured() {
+            let committed = DurableDisks::commit(&state, self.operation(), &plan);
+            committed.map_err(|error| Halt::Unknown(chain(&error)))?;
+            self.append(Stage::ConfigCommitted, json!({}))?;
+        }
+        self.release()?;
+        let concluded = resolve::conclude_target(&mut self.journal, self.id, &mut self.warnings);
+        concluded.map_err(|error| Halt::Unknown(chain(&error)))?;
+        self.leave_vm()?;
+        // The images that were the disks; those that came with the VM have gone by themselves.
+        for node in self.log().detail("nodes").and_then(Value::as_array).into_iter().flatten() {
+            if let Some(node) = node.as_str().filter(|node| !node.starts_with('#')) {
+                self.forget_node(node)?;
+            }
+        }
+        self.done()
+    }
+
+    /// The sources are the disks, as before, and nothing is left of the targets that this operation has made.
+    pub(super) fn conclude_source(&mut self) -> Result<(), Halt> {
+        self.release()?;
+        self.leave_vm()?;
+        for index in 0..self.plan().disks.len() {
+            self.forget_node(&self.name(index))?;
+        }
+        self.remove_targets();
+        self.done()
+    }
+
+    /// The targets are copies; nothing is stamped.
+    pub(super) fn conclude_copy(&mut self) -> Result<(), Halt> {
+        self.leave_vm()?;
+        let (state, plan, operation) = (self.journal.state_dir().clone(), self.plan(), self.operation());
+        for (index, disk) in plan.disks.iter().enumerate() {
+            self.forget_node(&self.name(index))?;
+            durable::sync_image(&disk.target.path)?;
+            let removed = Stamp::remove(&state, &disk.target.path, &operation);
+            self.warn(removed.map(drop));
+        }
+        self.done()
+    }
+
+    /// The guest goes on, and is thawed, where this operation stopped and froze it.
+    pub(super) fn release(&mut self) -> Result<(), Halt> {
+        if self.progress().pause() != Hold::None {
+            let log = self.log();
+            let was_running = log.entry(Stage::StopIntent).and_then(|entry| entry.details.get("was-running"));
+            // A VM that knows of operations takes back this one's pause and no other.
+            if self.holder().is_some() || was_running != Some(&Value::Bool(false)) {
+                self.place("cont", "before")?;
+                self.vm.cont(self.holder())?;
+                self.place("cont", "done")?;
+            }
+            self.timeline.paused = self.paused_since.take().map(|since| since.elapsed());
+            self.append(Stage::Resumed, json!({}))?;
+        }
+        if self.progress().freeze() != Hold::None {
+            self.place("thaw", "before")?;
+            let details = self.thaw();
+            self.place("thaw", "done")?;
+            self.timeline.frozen = self.frozen_since.take().map(|since| since.elapsed());
+            self.append(Stage::Thawed, details)?;
+        }
+        Ok(())
+    }
+
+    /// Thaws, and says what the freeze was worth. An agent that does not answer is not waited for without end: its lease
+    /// thaws, and that nobody saw the guest frozen until now is what makes the freeze void.
+    fn thaw(&mut self) -> Value {
+        let matters = self.progress().decision() != Some(Side::Source);
+        let freezer = match (self.freezer.take(), &self.connection.agent) {
+            (Some(freezer), _) => Ok(freezer),
+            (None, Some(agent)) => Freezer::connect(agent).map_err(|error| chain(&error)),
+            (None, None) => Err("the guest's agent is not known".to_owned()),
+        };
+        let thawed = freezer.and_then(|mut freezer| {
+            let worth = freezer.consistency().map_err(|error| chain(&error));
+            freezer.thaw().map_err(|error| chain(&error))?;
+            worth
+        });
+        match thawed {
+            Ok(worth) if matters => json!({"consistency": worth}),
+            Ok(_) => json!({}),
+            Err(error) => {
+                self.warnings.push(format!("The guest cannot be thawed, its lease will do it: {error}"));
+                json!({"by": "lease", "error": error, "consistency": Consistency::Void})
+            }
+        }
+    }
+
+    /// Ends and forgets this operation's jobs.
+    fn leave_vm(&mut self) -> Result<(), Halt> {
+        let began = Instant::now();
+        let mut told = Vec::new();
+        loop {
+            let names: Vec<String> = (0..self.plan().disks.len()).map(|index| self.name(index)).collect();
+            let mut jobs = self.vm.jobs()?;
+            jobs.retain(|job| names.contains(&job.id));
+            for JobNow { id, status, .. } in &jobs {
+                let asked = if status == "concluded" {
+                    self.vm.job("dismiss", id)
+                } else if told.contains(id) {
+                    continue;
+                } else {
+                    told.push(id.clone());
+                    self.vm.cancel(id, true)
+                };
+                match asked {
+                    Err(error) if error.refusal().is_none() => return Err(error.into()),
+                    // It has gone by itself meanwhile, or is about to.
+                    _ => {}
+                }
+            }
+            if jobs.is_empty() {
+                return Ok(());
+            }
+            if began.elapsed() > LEAVING {
+                self.warnings.push(format!("Jobs do not end: {}", names.join(", ")));
+                return Ok(());
+            }
+            if jobs.iter().any(|job| job.status != "concluded") {
+                self.vm.await_event(LOOK)?;
+            }
+        }
+    }
+
+    fn forget_node(&mut self, name: &str) -> Result<(), Halt> {
+        match self.vm.remove_node(name) {
+            Err(error) if error.refusal().is_none() => Err(error.into()),
+            // Never opened, or closed already.
+            _ => Ok(()),
+        }
+    }
+
+    /// Images that were there before stay, stamped: what they held is gone.
+    fn remove_targets(&mut self) {
+        let (state, log, operation) = (self.journal.state_dir().clone(), self.log(), self.operation());
+        let created = log.detail("created").and_then(Value::as_array).cloned();
+        for (index, disk) in log.plan.disks.iter().enumerate() {
+            // Before it was prepared, an image that was not there has no identity in the plan.
+            let created = created
+                .as_ref()
+                .map_or(disk.target.file.is_none(), |created| created.get(index) == Some(&Value::Bool(true)));
+            let ours = Stamp::read(&state, &disk.target.path);
+            let ours = ours.ok().flatten().is_some_and(|stamp| stamp.operation.id == operation.id);
+            if created && ours {
+                // The image first: one without a stamp could be taken for a disk.
+                let removed = durable::remove_image(&disk.target.path);
+                let gone = removed.is_ok();
+                self.warn(removed);
+                if gone {
+                    let removed = Stamp::remove(&state, &disk.target.path, &operation);
+                    self.warn(removed.map(drop));
+                }
+            }
+        }
+    }
+
+    fn done(&mut self) -> Result<(), Halt> {
+        if let Some(path) = self.plan().witness {
+            let removed = Witness::remove(&path);
+            self.warn(removed);
+        }
+        self.timeline.whole = Some(self.began.elapsed());
+        let mut details = Map::new();
+        details.insert("timeline".into(), self.timeline.to_json());
+        self.append(Stage::Done, Value::Object(details)).map(drop)
+    }
+
+    fn warn<E: std::error::Error>(&mut self, result: Result<(), E>) {
+        if let Err(error) = result {
+            self.warnings.push(chain(&error));
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! The decision: by the VM, or here.
+//!
+//! ```text
+//!   A   pivot-intent ─▶ tarn-pivot ─┬─ pivoted ───────────────▶ pivoted
+//!                                   ├─ aborted ───────────────▶ aborted
+//!                                   ├─ undetermined ──────────▶ aborted, then tarn-pivot-abort: the guest goes on
+//!                                   └─ no answer ─────────────▶ nothing: it stays open until somebody can ask
+//!   B   complete-intent ─▶ all jobs complete ─▶ all pending ─▶ commit ─▶ all finalized ─▶ pivoted
+//!                                   └─ one fails ─────────────▶ aborted
+//! ```
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::steps::{Halt, Runner};
+use super::vm::PivotNow;
+use crate::journal::{Hold, Protocol, Stage};
+
+/// How often the VM is looked at.
+const LOOK: Duration = Duration::from_millis(50);
+/// How long disks may take to copy what is left, and to sync.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+impl Runner<'_> {
+    pub(super) fn decide(&mut self) -> Result<(), Halt> {
+        match self.plan().protocol {
+            Protocol::A => {
+                self.append(Stage::PivotIntent, json!({}))?;
+                self.decide_by_vm()
+            }
+            Protocol::B => {
+                self.append(Stage::CompleteIntent, json!({}))?;
+                self.decide_here()
+            }
+        }
+    }
+
+    /// Another coordinator has come as far as the intent.
+    pub(super) fn decide_further(&mut self) -> Result<(), Halt> {
+        match self.plan().protocol {
+            Protocol::A => match self.vm.query_pivot(self.id)?.state.as_str() {
+                "none" => self.decide_by_vm(),
+                _ => self.ask_what_became_of_it(None),
+            },
+            Protocol::B => self.decide_here(),
+        }
+    }
+
+    fn decide_by_vm(&mut self) -> Result<(), Halt> {
+        let (operation, plan) = (self.operation(), self.plan());
+        let jobs: Vec<String> = (0..plan.disks.len()).map(|index| self.name(index)).collect();
+        let witness = plan.witness.ok_or_else(|| Halt::Unknown("The operation has no witness".to_owned()))?;
+        self.place("pivot", "before")?;
+        let answer = self.vm.pivot(&operation, &jobs, &witness);
+        self.place("pivot", "done")?;
+        match answer {
+            Ok(now) => self.pivoted(&now),
+            Err(error) => match error.refusal() {
+                Some(refusal) => {
+                    let reason = refusal.desc.clone();
+                    self.ask_what_became_of_it(Some(&reason))
+                }
+                None => Err(error.into()),
+            },
+        }
+    }
+
+    /// Only what the VM says counts. What it has not begun it is told not to begin; what it is at is awaited, or, with
+    /// a `reason`, ended where that is still possible.
+    pub(super) fn ask_what_became_of_it(&mut self, reason: Option<&str>) -> Result<(), Halt> {
+        let began = Instant::now();
+        let mut told = false;
+        loop {
+            let now = self.vm.query_pivot(self.id)?;
+            let why = || now.error.clone().or_else(|| reason.map(str::to_owned));
+            match now.state.as_str() {
+                "pivoted" => return self.pivoted(&now),
+                "aborted" => {
+                    return self.append(Stage::Aborted, json!({"reason": why()})).map(drop);
+                }
+                "undetermined" => {
+                    // Durably here first: from then on no witness counts.
+                    self.append(Stage::Aborted, json!({"reason": why(), "witness": "undetermined"}))?;
+                    self.place("abort", "before")?;
+                    return Ok(self.vm.abort_pivot(&self.operation())?);
+                }
+                "none" | "draining" if !told && (reason.is_some() || now.state == "none") => {
+                    told = true;
+                    match self.vm.abort_pivot(&self.operation()) {
+                        // Too late: then there is another answer to the question.
+                        Err(error) if error.refusal().is_none() => return Err(error.into()),
+                        _ => {}
+                    }
+                }
+                state if began.elapsed() > PATIENCE => {
+                    return Err(Halt::Unknown(format!("The VM still says '{state}'")));
+                }
+                _ => self.vm.await_event(LOOK)?,
+            }
+        }
+    }
+
+    fn pivoted(&mut self, now: &PivotNow) -> Result<(), Halt> {
+        self.timeline.held = now.held;
+        let held = now.held.map(|held| u64::try_from(held.as_micros()).unwrap_or(u64::MAX));
+        self.append(Stage::Pivoted, json!({"held-us": held, "consistency": self.unfrozen()})).map(drop)
+    }
+
+    /// Without a freeze nothing more will be known.
+    fn unfrozen(&self) -> Value {
+        if self.progress().freeze() == Hold::None { "crash".into() } else { Value::Null }
+    }
+
+    fn decide_here(&mut self) -> Result<(), Halt> {
+        self.place("complete", "before")?;
+        let held = Instant::now();
+        match self.await_pending() {
+            Ok(()) => {}
+            // The jobs are still there: nobody has told one to finalize.
+            Err(Halt::Abort(reason)) => {
+                return self.append(Stage::Aborted, json!({"reason": reason})).map(drop);
+            }
+            Err(halt) => return Err(halt),
+        }
+        self.place("complete", "done")?;
+        self.append(Stage::Commit, json!({}))?;
+        self.finalize_all()?;
+        self.timeline.held = Some(held.elapsed());
+        Ok(())
+    }
+
+    fn await_pending(&mut self) -> Result<(), Halt> {
+        for job in self.jobs_now()? {
+            match job.status.as_str() {
+                "ready" => self.vm.job("complete", &job.id)?,
+                // Told already.
+                "waiting" | "pending" => {}
+                _ => return Err(Halt::Abort(format!("Job '{}' is {}", job.id, job.status))),
+            }
+        }
+        let began = Instant::now();
+        loop {
+            let jobs = self.jobs_now()?;
+            if jobs.iter().all(|job| job.status == "pending") {
+                return Ok(());
+            }
+            if let Some(job) = jobs.iter().find(|job| job.error.is_some() || job.status == "concluded") {
+                let error = job.error.as_deref().unwrap_or("it has ended");
+                return Err(Halt::Abort(format!("Job '{}': {error}", job.id)));
+            }
+            if began.elapsed() > PATIENCE {
+                return Err(Halt::Abort("The disks do not come to rest".to_owned()));
+            }
+            self.vm.await_event(LOOK)?;
+        }
+    }
+
+    /// Protocol B, after the commit: forward, and never back.
+    pub(super) fn finalize_all(&mut self) -> Result<(), Halt> {
+        self.place("finalize", "before")?;
+        let plan = self.plan();
+        let names: Vec<String> = (0..plan.disks.len()).map(|index| self.name(index)).collect();
+        let jobs = self.vm.jobs()?;
+        for name in &names {
+            if jobs.iter().any(|job| job.id == *name && job.status == "pending") {
+                self.vm.job("finalize", name)?;
+                self.place("finalize", "done")?;
+            }
+        }
+        let began = Instant::now();
+        loop {
+            let disks = self.disks_now()?;
+            let stays =
+                disks.iter().zip(&plan.disks).find(|(now, plan)| !is_same(&now.file, &plan.target.path));
+            let Some((now, disk)) = stays else { break };
+            let jobs = self.vm.jobs()?;
+            let under_way = jobs.iter().any(|job| {
+                names.contains(&job.id) && matches!(job.status.as_str(), "waiting" | "pending" | "ready")
+            });
+            if !under_way || began.elapsed() > PATIENCE {
+                // Another client has taken the decision back. What the guest writes now is lost: it must not.
+                let _ = self.vm.stop(None);
+                return Err(Halt::Unknown(format!(
+                    "disk '{}' works on {}, although it is decided that it is {}: another client has cancelled its job. The \
+                     VM is stopped",
+                    disk.disk,
+                    now.file.display(),
+                    disk.target.path.display()
+                )));
+            }
+            self.vm.await_event(LOOK)?;
+        }
+        self.append(Stage::Pivoted, json!({"consistency": self.unfrozen()})).map(drop)
+    }
+}
+
+fn is_same(a: &Path, b: &Path) -> bool {
+    match (fs::canonicalize(a), fs::canonicalize(b)) {
+        (Ok(a), Ok(b)) => a == b,
+        _ => a == b,
+    }
+}

@@ -1,0 +1,261 @@
+//! What is asked of an operation, and what can be refused before anything has changed.
+
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+
+use super::report::Observer;
+use super::steps::Runner;
+use super::vm::{DiskNow, VmSession};
+use super::{Connection, OperationError};
+use crate::durable;
+use crate::journal::{
+    DiskPlan, ImageId, Journal, OperationKind, OperationLog, Plan, PlanFlags, Protocol, new_operation_id,
+};
+use crate::state_dir::StateDir;
+
+/// When a guest's write is done while its disk is mirrored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CopyMode {
+    /// When the source has it.
+    #[default]
+    Background,
+    /// When both have it.
+    WriteBlocking,
+}
+
+impl CopyMode {
+    /// QEMU's spelling.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Background => "background",
+            Self::WriteBlocking => "write-blocking",
+        }
+    }
+}
+
+/// How an operation is carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// How disks are mirrored.
+    pub copy_mode: CopyMode,
+    /// The pivot waits until the VM expects to hold the guest no longer than this.
+    pub max_hold: Option<Duration>,
+    /// After which a frozen guest thaws itself.
+    pub lease: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { copy_mode: CopyMode::Background, max_hold: None, lease: Duration::from_secs(30) }
+    }
+}
+
+impl Settings {
+    fn details(self) -> Map<String, Value> {
+        let mut details = Map::new();
+        details.insert("copy-mode".into(), self.copy_mode.name().into());
+        details.insert("lease-ms".into(), ms(self.lease).into());
+        if let Some(hold) = self.max_hold {
+            details.insert("max-hold-us".into(), u64::try_from(hold.as_micros()).unwrap_or(u64::MAX).into());
+        }
+        details
+    }
+
+    /// As they were when the operation began.
+    pub(super) fn of(operation: &OperationLog) -> Self {
+        let number = |name| operation.detail(name).and_then(Value::as_u64);
+        let default = Self::default();
+        let write_blocking = Some(CopyMode::WriteBlocking.name());
+        Self {
+            copy_mode: match operation.detail("copy-mode").and_then(Value::as_str) == write_blocking {
+                true => CopyMode::WriteBlocking,
+                false => CopyMode::Background,
+            },
+            max_hold: number("max-hold-us").map(Duration::from_micros),
+            lease: number("lease-ms").map_or(default.lease, Duration::from_millis),
+        }
+    }
+}
+
+pub(super) fn ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// What is asked of an operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Which kind.
+    pub kind: OperationKind,
+    /// Who decides.
+    pub protocol: Protocol,
+    /// Disks by id, and the image that each is copied to. A target that is there has to be a block device, unless
+    /// [`reuse`](Self::reuse).
+    pub disks: Vec<(String, PathBuf)>,
+    /// The guest's filesystems are frozen for it.
+    pub freeze: bool,
+    /// The VM is stopped for it.
+    pub pause: bool,
+    /// The source is stamped as superseded: nobody boots it by mistake.
+    pub retire_source: bool,
+    /// A target may be there, whatever it holds.
+    pub reuse: bool,
+    /// How.
+    pub settings: Settings,
+}
+
+impl Request {
+    fn new<D: Into<String>, T: Into<PathBuf>>(
+        kind: OperationKind,
+        disks: impl IntoIterator<Item = (D, T)>,
+    ) -> Self {
+        Self {
+            kind,
+            protocol: Protocol::A,
+            disks: disks.into_iter().map(|(disk, target)| (disk.into(), target.into())).collect(),
+            freeze: false,
+            pause: false,
+            retire_source: kind == OperationKind::Pivot,
+            reuse: false,
+            settings: Settings::default(),
+        }
+    }
+
+    /// The targets become the disks, all or none.
+    pub fn pivot<D: Into<String>, T: Into<PathBuf>>(disks: impl IntoIterator<Item = (D, T)>) -> Self {
+        Self::new(OperationKind::Pivot, disks)
+    }
+
+    /// The targets become copies of the disks as of the end of the operation.
+    pub fn mirror<D: Into<String>, T: Into<PathBuf>>(disks: impl IntoIterator<Item = (D, T)>) -> Self {
+        Self::new(OperationKind::Mirror, disks)
+    }
+
+    /// The targets become copies of the disks as of the beginning of the copy.
+    pub fn backup<D: Into<String>, T: Into<PathBuf>>(disks: impl IntoIterator<Item = (D, T)>) -> Self {
+        Self::new(OperationKind::Backup, disks)
+    }
+}
+
+type Begun<'a> = (Runner<'a>, Plan, Map<String, Value>);
+
+/// Looks at everything, and changes nothing but that this is the VM's coordinator from now on.
+pub(super) fn begin<'a>(
+    state: &StateDir,
+    connection: &Connection,
+    request: &Request,
+    observer: &'a mut dyn Observer,
+) -> Result<Begun<'a>, OperationError> {
+    let refuse = |text: String| Err(OperationError::Refused(text));
+    if request.disks.is_empty() {
+        return refuse("An operation needs a disk".to_owned());
+    }
+    if request.freeze && connection.agent.is_none() {
+        return refuse("A guest without an agent cannot be frozen".to_owned());
+    }
+    let mut vm = VmSession::connect(&connection.monitor)?;
+    let now = vm.disks()?;
+    let mut disks: Vec<DiskPlan> = Vec::new();
+    for (id, target) in &request.disks {
+        let Some(disk) = now.iter().find(|disk| disk.is_named(id)) else {
+            let known: Vec<_> = now.iter().map(|disk| disk.id.as_str()).collect();
+            return refuse(format!("The VM has no disk '{id}'; it has {}", known.join(", ")));
+        };
+        let plan = plan(disk, id, target, request).map_err(OperationError::Refused)?;
+        if disks.iter().any(|other| other.disk == plan.disk || other.target.path == plan.target.path) {
+            return refuse(format!("Disk '{id}' or its target is named twice"));
+        }
+        disks.push(plan);
+    }
+    let journal = Journal::open(state)?;
+    if let Some(open) = journal.open_operation() {
+        return refuse(format!(
+            "Operation {} of VM {vm} is {}: `tarn op resume {vm}` goes on with it, `tarn recover {vm}` settles it",
+            open.id(),
+            open.stage().name(),
+            vm = state.name()
+        ));
+    }
+    let id =
+        new_operation_id().map_err(|error| OperationError::Refused(format!("No random numbers: {error}")))?;
+    let is_a = request.kind == OperationKind::Pivot && request.protocol == Protocol::A;
+    let plan = Plan {
+        kind: request.kind,
+        protocol: request.protocol,
+        disks,
+        witness: is_a.then(|| state.witness(id)),
+        flags: PlanFlags {
+            freeze: request.freeze,
+            pause: request.pause,
+            retire_source: request.retire_source && request.kind == OperationKind::Pivot,
+        },
+    };
+    let runner = Runner::with_session(journal, id, connection, vm, request.settings, observer);
+    Ok((runner, plan, request.settings.details()))
+}
+
+fn plan(disk: &DiskNow, id: &str, target: &Path, request: &Request) -> Result<DiskPlan, String> {
+    let because = |what: &str, path: &Path| {
+        let path = path.display().to_string();
+        let what = what.to_owned();
+        move |error: std::io::Error| format!("Cannot {what} {path}: {error}")
+    };
+    if disk.read_only {
+        return Err(format!("Disk '{id}' is read-only: it stays where it is"));
+    }
+    let source = ImageId::of(&disk.file).map_err(because("look at the disk's image", &disk.file))?;
+    let absolute = std::path::absolute(target).map_err(because("name the target", target))?;
+    let parent = absolute.parent().unwrap_or(Path::new("/"));
+    if request.kind == OperationKind::Pivot {
+        durable::check_directory(parent, "the target").map_err(|error| error.to_string())?;
+    }
+    let planned = match fs::metadata(&absolute) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let planned = ImageId::planned(&absolute, disk.size);
+            check_space(parent, &source)?;
+            planned.map_err(because("find the directory of", &absolute))?
+        }
+        Err(error) => return Err(because("look at the target", &absolute)(error)),
+        Ok(metadata) => {
+            let image = ImageId::of(&absolute).map_err(because("look at the target", &absolute))?;
+            if image.path == source.path || (image.file.is_some() && image.file == source.file) {
+                return Err(format!("The target {} is the disk's own image", absolute.display()));
+            }
+            if !metadata.file_type().is_block_device() && !request.reuse {
+                return Err(format!("The target {} is there already", absolute.display()));
+            }
+            if image.size != disk.size {
+                return Err(format!(
+                    "The target {} has {} bytes, and the disk has {}",
+                    absolute.display(),
+                    image.size,
+                    disk.size
+                ));
+            }
+            image
+        }
+    };
+    Ok(DiskPlan { disk: id.to_owned(), source, target: planned })
+}
+
+/// A copy takes about what its source takes.
+fn check_space(directory: &Path, source: &ImageId) -> Result<(), String> {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(space) = rustix::fs::statvfs(directory) else { return Ok(()) };
+    let free = space.f_bavail.saturating_mul(space.f_frsize);
+    let needed = match fs::metadata(&source.path) {
+        Ok(metadata) if metadata.is_file() => metadata.blocks() * 512,
+        _ => return Ok(()),
+    };
+    if free >= needed {
+        return Ok(());
+    }
+    Err(format!(
+        "{} has {free} bytes left, and {} takes {needed}",
+        directory.display(),
+        source.path.display()
+    ))
+}
