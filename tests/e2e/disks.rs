@@ -280,11 +280,11 @@ fn an_image_belongs_to_one_writer() {
 }
 
 /// A small filesystem of its own; gone when dropped.
-struct SmallFilesystem(PathBuf);
+pub struct SmallFilesystem(PathBuf);
 
 impl SmallFilesystem {
     /// `None`, loudly, where this user may not mount.
-    fn mount(lab: &Lab, mib: usize) -> Option<Self> {
+    pub fn mount(lab: &Lab, mib: usize) -> Option<Self> {
         let dir = lab.path("small");
         fs::create_dir_all(&dir).unwrap();
         let option = format!("size={mib}m");
@@ -296,13 +296,13 @@ impl SmallFilesystem {
         None
     }
 
-    fn image(&self, name: &str, size: u64) -> PathBuf {
+    pub fn image(&self, name: &str, size: u64) -> PathBuf {
         let path = self.0.join(name);
         File::create(&path).and_then(|file| file.set_len(size)).unwrap();
         path
     }
 
-    fn resize(&self, mib: usize) {
+    pub fn resize(&self, mib: usize) {
         run(Command::new("mount").args(["-o", &format!("remount,size={mib}m")]).arg(&self.0));
     }
 }

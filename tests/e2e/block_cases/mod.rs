@@ -12,10 +12,12 @@
 //! | `writes.rs` | what the guest writes, zeroes and discards while a job runs |
 //! | `pivots.rs` | pivots back and forth under a load that checks itself |
 //! | `backups.rs` | copies of one moment, of one disk and of two |
+//! | `errors.rs` | targets that fail, are full, are slow |
 //! | `crashes.rs` | a VMM that is killed while a job holds its guest, and at random moments |
 
 mod backups;
 mod crashes;
+mod errors;
 mod machine;
 mod phases;
 mod pivots;
@@ -81,6 +83,17 @@ fn a_backup_is_the_disk_at_one_moment_while_the_guest_writes() {
     backups::a_copy_that_is_pending_holds_nobody(&lab, &mut machine);
     backups::a_copy_of_changes_alone_ends_when_it_is_cancelled(&lab, &mut machine);
     backups::a_backup_goes_on_while_the_vm_stands_still(&lab, &mut machine);
+}
+
+#[test]
+fn a_target_that_goes_wrong_is_the_jobs_problem_and_not_the_guests() {
+    let Some((lab, program)) = place("block-errors") else { return };
+    let mut machine = Machine::boot(&lab, &program, "errors", &errors::disks(&lab));
+    errors::a_target_that_fails_ends_its_job_and_nothing_else(&lab, &mut machine);
+    errors::a_full_target_waits_for_room(&lab, &mut machine);
+    errors::an_error_that_is_ignored_is_made_up_for(&lab, &mut machine);
+    errors::a_flush_that_fails_at_the_end_stops_it_until_it_is_resumed_or_given_up(&lab, &mut machine);
+    errors::a_vm_ends_whatever_its_jobs_are_at(&lab, machine);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::str::FromStr;
 use std::time::Duration;
 
-use block::{Errno, FaultOperation, FaultRule, Rate, RuleError, ThrottleLimits};
+use block::{Errno, FaultOperation, FaultRule, MAX_RULES, Rate, RuleError, ThrottleLimits};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -177,6 +177,19 @@ impl FaultSpec {
         Self { op, sector, sectors, after: 0, count: 0, errno, delay_ms: 0, torn, seed }
     }
 
+    /// Whether one disk can have all of these.
+    ///
+    /// # Errors
+    /// The first that makes no sense; there are too many, or two volatile caches.
+    pub fn check_all(faults: &[Self]) -> Result<(), FaultError> {
+        if faults.len() > MAX_RULES {
+            return Err(RuleError::TooMany.into());
+        }
+        let rules = faults.iter().map(Self::rule).collect::<Result<Vec<_>, _>>()?;
+        let caches = rules.iter().filter(|rule| rule.operation == FaultOperation::VolatileCache);
+        if caches.count() > 1 { Err(RuleError::TwoCaches.into()) } else { Ok(()) }
+    }
+
     /// The rule it stands for.
     ///
     /// # Errors
@@ -339,6 +352,15 @@ mod tests {
         let rule = FaultRule { seed: Some(9), ..FaultRule::new(FaultOperation::VolatileCache) };
         assert_eq!(cache.fault.rule(), Ok(rule));
         assert_eq!(serde_json::to_string(&cache.fault).unwrap(), r#"{"op":"volatile-cache","seed":9}"#);
+    }
+
+    #[test]
+    fn a_disk_has_one_volatile_cache_at_most() {
+        let cache = FaultSpec::new(FaultOp::VolatileCache);
+        assert_eq!(FaultSpec::check_all(std::slice::from_ref(&cache)), Ok(()));
+        let two = FaultSpec::check_all(&[cache.clone(), cache.clone()]);
+        assert_eq!(two, Err(RuleError::TwoCaches.into()));
+        assert_eq!(FaultSpec::check_all(&vec![cache; MAX_RULES + 1]), Err(RuleError::TooMany.into()));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{VmSpec, format_size};
+use super::{FaultSpec, VmSpec, format_size};
 
 /// vCPUs of one VM.
 pub const MAX_CPUS: u8 = 32;
@@ -203,10 +203,7 @@ impl VmSpec {
             if let Err(source) = disk.throttle.0.validate() {
                 return Err(ConfigError::DiskLimits { id, source });
             }
-            if disk.faults.len() > block::MAX_RULES {
-                return Err(ConfigError::DiskFault { id, source: block::RuleError::TooMany.into() });
-            }
-            if let Some(source) = disk.faults.iter().find_map(|fault| fault.rule().err()) {
+            if let Err(source) = FaultSpec::check_all(&disk.faults) {
                 return Err(ConfigError::DiskFault { id, source });
             }
             if let Some(serial) = &disk.serial {

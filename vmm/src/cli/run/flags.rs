@@ -88,7 +88,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "PATH[,KEY=VALUE…]", help_heading = "Devices")]
     disk: Vec<DiskSpec>,
     /// Let operations of a disk go wrong, to test what becomes of it: op=any|read|write|flush|discard|zeroes, then sector=,
-    /// sectors=, after=N, count=N (0: always), errno=EIO, delay-ms=N, torn=BYTES
+    /// sectors=, after=N, count=N (0: always), errno=EIO, delay-ms=N, torn=BYTES; or op=volatile-cache: what was not flushed
+    /// is lost when the VM's process is killed, but with seed=N a part of it
     #[arg(long, value_name = "DISK:op=OP,KEY=VALUE…", help_heading = "Devices")]
     fault: Vec<FaultFlag>,
     /// Mount a filesystem (guest image only); DISK is /dev/vda… or a disk's id

@@ -255,7 +255,7 @@ fn fault_add(call: &mut Call<'_>) -> Result<Value, Error> {
     };
     let rule = fault.rule().map_err(|error| Error::generic(error.to_string()))?;
     let id = filters.add_fault(rule).map_err(|error| Error::generic(error.to_string()))?;
-    tracing::warn!(disk = name, id, ?fault, "A fault is injected");
+    tracing::warn!(name, id, ?fault, "A fault is injected");
     Ok(json!({"id": id}))
 }
 
