@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use block::{FaultOperation, FaultRule, Filters, MirrorOptions, Rate, Rates, ThrottleLimits};
+use block::{FaultOperation, FaultRule, Filters, MirrorAction, MirrorOptions, Rate, Rates, ThrottleLimits};
 
 use super::*;
 
@@ -93,4 +93,59 @@ fn filters_stay_with_the_device_when_its_image_changes() {
     filters.set_limits(ThrottleLimits::default()).unwrap();
     assert_eq!(rig.wait(), OK);
     assert!(start.elapsed() < Duration::from_secs(30));
+}
+
+fn one_byte_per_second() -> ThrottleLimits {
+    let total = Rate { average: 1, ..Rate::default() };
+    ThrottleLimits { bytes: Rates { total, ..Rates::default() }, ..ThrottleLimits::default() }
+}
+
+#[test]
+fn an_image_has_filters_of_its_own_which_its_mirror_meets_and_its_guest_later() {
+    let (mut rig, _) = filtered(|_| ());
+    assert_eq!(rig.write(0, &[7; 65536]), OK);
+    let filters = Filters::new().unwrap();
+    let target = image(MIB);
+    let attach = |rig: &Rig| {
+        let disk = Disk::open(DiskOptions::path(target.path())).unwrap();
+        let engine = EngineOptions { node_filters: Some(filters.clone()), ..EngineOptions::default() };
+        let ticket = rig.backend.start_mirror(disk, &engine, MirrorOptions::default()).unwrap();
+        ticket.wait(PATIENCE).unwrap();
+    };
+    let report = |rig: &Rig| match rig.event() {
+        DiskEvent::Mirror { report, .. } => report,
+        other @ DiskEvent::IoError { .. } => panic!("{other:?}"),
+    };
+    // It would take days, but who gives it up does not wait, nor who stops the VM.
+    filters.set_limits(one_byte_per_second()).unwrap();
+    attach(&rig);
+    assert_eq!(rig.write(8, &[8; 512]), OK);
+    let start = Instant::now();
+    rig.backend.pause().wait(PATIENCE).unwrap();
+    rig.backend.resume().wait(PATIENCE).unwrap();
+    assert!(!rig.backend.mirror_status().unwrap().ready);
+    rig.backend.mirror(MirrorOrder::Detach).wait(PATIENCE).unwrap();
+    assert_eq!(report(&rig), MirrorReport::Detached);
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+
+    filters.set_limits(ThrottleLimits::default()).unwrap();
+    let id = filters.add_fault(FaultRule { count: 1, ..eio_on_writes() }).unwrap();
+    attach(&rig);
+    let action = MirrorAction::Report;
+    assert_eq!(report(&rig), MirrorReport::Error { is_read: false, action, nospace: false });
+    assert!(matches!(report(&rig), MirrorReport::Failed(_)));
+    assert_eq!(rig.write(8, &[9; 512]), OK);
+    rig.backend.mirror(MirrorOrder::Detach).wait(PATIENCE).unwrap();
+    assert_eq!(report(&rig), MirrorReport::Detached);
+
+    assert!(filters.remove_fault(id));
+    attach(&rig);
+    assert_eq!(report(&rig), MirrorReport::Ready);
+    rig.backend.mirror(MirrorOrder::Quiesce { limit: u64::MAX }).wait(PATIENCE).unwrap();
+    assert_eq!(report(&rig), MirrorReport::Quiesced);
+    rig.backend.mirror(MirrorOrder::Switch).wait(PATIENCE).unwrap();
+    assert_eq!(report(&rig), MirrorReport::Switched);
+    assert_eq!(rig.backend.facts().node_filters, Some(filters.clone()));
+    filters.add_fault(eio_on_writes()).unwrap();
+    assert_eq!(rig.write(0, &[1; 512]), IOERR);
 }
