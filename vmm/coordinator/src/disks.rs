@@ -141,7 +141,7 @@ impl DurableDisks {
         Err(DisksError::Behind { path, directory, known: self.generation, expected })
     }
 
-    /// Makes the targets of an operation the disks, durably. To do it again changes nothing.
+    /// Makes the targets of an operation the disks, durably. To do it again changes nothing that can be read.
     ///
     /// The decision has to be in the journal before.
     ///
@@ -149,14 +149,17 @@ impl DurableDisks {
     /// [`DisksError`]: what is on the disk is the old one or the new one.
     pub fn commit(state: &StateDir, operation: Operation, plan: &Plan) -> Result<Self, DisksError> {
         let mut disks = Self::load(state)?;
-        if disks.generation >= operation.generation {
+        if disks.generation > operation.generation {
             return Ok(disks);
         }
-        disks.check_generation(state, operation.generation - 1)?;
-        for disk in &plan.disks {
-            disks.replace(&disk.disk, &disk.source, &disk.target, operation);
+        // One that says so already is written again: who wrote it may have died before it was to last.
+        if disks.generation < operation.generation {
+            disks.check_generation(state, operation.generation - 1)?;
+            for disk in &plan.disks {
+                disks.replace(&disk.disk, &disk.source, &disk.target, operation);
+            }
+            disks.generation = operation.generation;
         }
-        disks.generation = operation.generation;
         let path = state.disks();
         let damaged = |source| DisksError::Damaged { path: path.clone(), source };
         let mut text = serde_json::to_vec_pretty(&disks).map_err(damaged)?;

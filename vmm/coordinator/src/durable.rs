@@ -246,7 +246,7 @@ pub(crate) fn replace(role: Role, path: &Path, content: &[u8], step: &str) -> Re
     place("done").map_err(role.failed("sync the directory of", path))
 }
 
-/// Removes a file; `false` if there was none.
+/// Removes a file; `false` if there was none, which lasts as well.
 pub(crate) fn remove(role: Role, path: &Path) -> Result<bool, DurableError> {
     let place = |point| failpoint::pass([role.name(), "remove", point]);
     place("before").map_err(role.failed("remove", path))?;
@@ -254,7 +254,7 @@ pub(crate) fn remove(role: Role, path: &Path) -> Result<bool, DurableError> {
     power::is_as_before(path);
     match fs::remove_file(path) {
         Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return stays_removed(path).map(|()| false),
         Err(error) => return Err(role.failed("remove", path)(error)),
     }
     place("written").map_err(role.failed("sync the directory of", path))?;
@@ -296,6 +296,17 @@ pub(crate) fn remove_image(path: &Path) -> Result<(), DurableError> {
             sync_directory_of(path)
         }
     }
+}
+
+/// Who removed it may have died before that was to last.
+fn stays_removed(path: &Path) -> Result<(), DurableError> {
+    match sync_directory_of(path) {
+        Err(error) if error.is_not_found() => return Ok(()),
+        synced => synced?,
+    }
+    #[cfg(feature = "failpoints")]
+    power::is_gone(path);
+    Ok(())
 }
 
 /// Makes a directory and those above it, for this user alone; it lasts, like its name.

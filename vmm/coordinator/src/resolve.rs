@@ -291,8 +291,9 @@ impl Resolver {
             )?;
         }
         let mut warnings = Vec::new();
-        if side == Side::Target {
-            conclude_target(journal, id, &mut warnings)?;
+        match side {
+            Side::Target => conclude_target(journal, id, &mut warnings)?,
+            Side::Source => keep_stamps(journal.state_dir(), open, &mut warnings),
         }
         // The journal says it all by now.
         if let Some(path) = &plan.witness {
@@ -371,15 +372,29 @@ pub fn conclude_target(
         warn(warnings, Stamp::remove(&state, &disk.target.path, &operation));
     }
     if plan.flags.retire_source && !open.progress.is_retired() {
-        let vm = state.name();
+        let failed = warnings.len();
         for disk in &plan.disks {
             let kind = StampKind::Superseded { by: disk.target.path.clone() };
-            let stamp = Stamp { kind, operation, vm: vm.to_owned() };
+            let stamp = Stamp { kind, operation, vm: state.name().to_owned() };
             warn(warnings, stamp.write(&state, &disk.source.path));
         }
-        journal.append(id, Stage::SourceRetired, Map::new())?;
+        if warnings.len() == failed {
+            journal.append(id, Stage::SourceRetired, Map::new())?;
+        }
     }
     Ok(())
+}
+
+/// After the decision for the sources: the targets stay stamped. A stamp that can be read may not last yet.
+fn keep_stamps(state: &StateDir, open: &OperationLog, warnings: &mut Vec<String>) {
+    for disk in &open.plan.disks {
+        let target = &disk.target.path;
+        match Stamp::read(state, target) {
+            Ok(Some(stamp)) if stamp.operation.id == open.id() => warn(warnings, stamp.write(state, target)),
+            Ok(_) => {}
+            Err(error) => warn::<(), _>(warnings, Err(error)),
+        }
+    }
 }
 
 fn warn<T, E: std::error::Error>(warnings: &mut Vec<String>, result: Result<T, E>) {

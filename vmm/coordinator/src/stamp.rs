@@ -129,16 +129,15 @@ impl Stamp {
         Ok(durable::replace(Role::Stamp, &path, &record.encode()?, self.kind.step())?)
     }
 
-    /// Removes the stamp of an image, durably, if it is one of this operation. Tells whether it was.
+    /// Removes the stamp of an image, durably, if it is one of this operation. Tells whether it was. That it has none
+    /// lasts when this returns.
     ///
     /// # Errors
     /// [`StampError`].
     pub fn remove(state: &StateDir, image: &Path, operation: &Operation) -> Result<bool, StampError> {
         match Self::read(state, image)? {
-            Some(stamp) if stamp.operation.id == operation.id => {
-                Ok(durable::remove(Role::Stamp, &path_of(state, image))?)
-            }
-            _ => Ok(false),
+            Some(stamp) if stamp.operation.id != operation.id => Ok(false),
+            _ => Ok(durable::remove(Role::Stamp, &path_of(state, image))?),
         }
     }
 }

@@ -1,8 +1,8 @@
 //! `tarn run`: the only subcommand that starts a VM.
 //!
 //! ```text
-//!   flags, --config ─▶ VmSpec ─▶ checks without side effects ─▶ RunDir ─▶ VM, until it ends ─▶ exit status
-//!                        │                                        ▲
+//!   flags, --config ─▶ VmSpec ─▶ checks without side effects ─▶ RunDir ─▶ images ─▶ VM, until it ends ─▶ exit status
+//!                        │                                        ▲         └ the one that each disk has by now
 //!                    --dry-run: print it       --detach: the same again in a process of its own
 //! ```
 
@@ -10,6 +10,7 @@ mod detach;
 mod exec;
 mod flags;
 pub(super) mod guest_image;
+mod images;
 
 use anyhow::{Context, anyhow};
 
@@ -22,7 +23,7 @@ use crate::vm::{self, Foreground, Outcome, RunError, Terminal};
 pub(super) use flags::RunArgs;
 
 pub(super) fn run(args: RunArgs, global: &Global) -> anyhow::Result<u8> {
-    let spec = args.to_spec().and_then(|spec| {
+    let mut spec = args.to_spec().and_then(|spec| {
         spec.validate()?;
         Ok(spec)
     })?;
@@ -41,6 +42,7 @@ pub(super) fn run(args: RunArgs, global: &Global) -> anyhow::Result<u8> {
         host::refuse_software_kvm().map_err(with_advice)?;
     }
     let dir = RunDir::create(&spec.name)?;
+    images::settle(&mut spec, args.force_stale_source)?;
     dir.write_config(&spec.with_absolute_paths().context("Cannot tell the current directory")?)?;
     let patience = args.agent_timeout();
     if let Some(command) = args.exec {

@@ -149,7 +149,7 @@ pub struct Journal {
     folded: Folded,
     /// Whether this process's epoch is in the journal.
     is_claimed: bool,
-    lock: File,
+    lock: Lock,
 }
 
 impl Journal {
@@ -191,7 +191,7 @@ impl Journal {
         Ok(Some(journal))
     }
 
-    fn load(state: &StateDir, lock: File) -> Result<Result<Self, File>, JournalError> {
+    fn load(state: &StateDir, lock: Lock) -> Result<Result<Self, Lock>, JournalError> {
         let log = match Log::open(&state.journal()) {
             Ok(log) => log,
             Err(JournalError::File(error)) if error.is_not_found() => return Ok(Err(lock)),
@@ -357,7 +357,7 @@ impl Journal {
     /// The lock is still the one that others look at.
     fn check_lock(&self) -> Result<(), JournalError> {
         let path = self.state.lock();
-        if log::is_same_file(&self.lock, &path) {
+        if log::is_same_file(&self.lock.0, &path) {
             Ok(())
         } else {
             Err(JournalError::Fenced { path, by: None })
@@ -440,8 +440,20 @@ fn fold(records: &[Record], path: &Path) -> Result<Folded, JournalError> {
     })
 }
 
-/// Takes the lock of a state directory; closing it, whichever way the process ends, lets it go.
-fn lock(state: &StateDir) -> Result<File, JournalError> {
+/// The lock of a state directory; the end of the process, whichever way it comes, lets it go.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing it would do, were there not processes that this one is just starting: until they execute their
+        // program they have it open, too.
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+/// Takes the lock of a state directory.
+fn lock(state: &StateDir) -> Result<Lock, JournalError> {
     let path = state.lock();
     let fail = |source| JournalError::File(Role::Journal.failed("lock", &path)(source));
     loop {
@@ -461,7 +473,7 @@ fn lock(state: &StateDir) -> Result<File, JournalError> {
         if log::is_same_file(&file, &path) {
             // For who is refused; nothing depends on it.
             let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
-            return Ok(file);
+            return Ok(Lock(file));
         }
     }
 }

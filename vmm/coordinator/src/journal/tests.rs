@@ -149,7 +149,7 @@ fn a_coordinator_that_was_taken_over_from_writes_nothing_more() {
     let refused = zombie.append(id, Stage::Prepared, Map::new()).unwrap_err();
     assert!(matches!(refused, JournalError::Fenced { .. }), "{refused}");
     // Even if the lock were its own.
-    zombie.lock = fs::File::open(lab.state.lock()).unwrap();
+    zombie.lock = Lock(fs::File::open(lab.state.lock()).unwrap());
     let refused = zombie.append(id, Stage::Prepared, Map::new()).unwrap_err();
     assert!(matches!(refused, JournalError::Fenced { by: Some(2), .. }), "{refused}");
     assert_eq!(lab.bytes(), before);

@@ -1,3 +1,6 @@
+#[cfg(feature = "failpoints")]
+mod crashes;
+
 use std::fs;
 use std::path::PathBuf;
 
@@ -6,15 +9,15 @@ use crate::journal::{DiskPlan, ImageId, Outcome, Plan, PlanFlags, operations};
 use crate::stamp;
 
 /// A VM with one disk, its two images, and a pivot that comes as far as a test wants it.
-pub(super) struct Lab {
-    pub(super) base: tempfile::TempDir,
-    pub(super) state: StateDir,
+struct Lab {
+    base: tempfile::TempDir,
+    state: StateDir,
 }
 
-pub(super) const ID: Uuid = Uuid::from_u128(0xABC);
+const ID: Uuid = Uuid::from_u128(0xABC);
 
 impl Lab {
-    pub(super) fn new() -> Self {
+    fn new() -> Self {
         let base = tempfile::tempdir().unwrap();
         for image in ["old.raw", "new.raw"] {
             fs::write(base.path().join(image), image).unwrap();
@@ -23,11 +26,11 @@ impl Lab {
         Self { base, state }
     }
 
-    pub(super) fn path(&self, image: &str) -> PathBuf {
+    fn path(&self, image: &str) -> PathBuf {
         fs::canonicalize(self.base.path()).unwrap().join(image)
     }
 
-    pub(super) fn plan(&self, kind: OperationKind, protocol: Protocol) -> Plan {
+    fn plan(&self, kind: OperationKind, protocol: Protocol) -> Plan {
         let image = |name: &str| ImageId::of(&self.path(name)).unwrap();
         let disk = DiskPlan { disk: "vda".into(), source: image("old.raw"), target: image("new.raw") };
         let witness = (protocol == Protocol::A).then(|| self.state.witness(ID));
@@ -36,7 +39,7 @@ impl Lab {
     }
 
     /// Everything up to these steps; the witness is made where it should be.
-    pub(super) fn come_to(&self, kind: OperationKind, protocol: Protocol, stages: &[Stage]) {
+    fn come_to(&self, kind: OperationKind, protocol: Protocol, stages: &[Stage]) {
         let mut journal = Journal::open(&self.state).unwrap();
         let plan = self.plan(kind, protocol);
         let operation = journal.begin(ID, &plan, Map::new()).unwrap();
@@ -58,7 +61,7 @@ impl Lab {
         }
     }
 
-    pub(super) fn witness(&self, reading: Reading) {
+    fn witness(&self, reading: Reading) {
         let path = self.state.witness(ID);
         if reading != Reading::Absent && !path.exists() {
             Witness::create(&path).unwrap();
@@ -88,26 +91,40 @@ impl Lab {
         }
     }
 
-    pub(super) fn run(&self) -> Result<Resolution, ResolveError> {
+    fn run(&self) -> Result<Resolution, ResolveError> {
         Resolver::new().run(&self.state)
     }
 
     /// Everything that lasts, as it lies there.
-    pub(super) fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
+    fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
         let mut files: Vec<_> = [self.base.path().to_owned(), self.state.path()]
             .iter()
             .filter_map(|directory| fs::read_dir(directory).ok())
             .flatten()
             .map(|entry| entry.unwrap().path())
             .filter(|path| path.is_file() && !path.ends_with("lock"))
+            // What a crash leaves of a replacement, and what the tests of crashes keep.
+            .filter(|path| {
+                !path.to_string_lossy().contains(".durable") && path.extension() != Some("new".as_ref())
+            })
             .map(|path| (path.clone(), fs::read(path).unwrap()))
             .collect();
         files.sort();
         files
     }
 
+    fn assert_files(&self, before: &[(PathBuf, Vec<u8>)], context: &str) {
+        let after = self.files();
+        let names =
+            |files: &[(PathBuf, Vec<u8>)]| files.iter().map(|file| file.0.clone()).collect::<Vec<_>>();
+        assert_eq!(names(&after), names(before), "{context}");
+        for (before, after) in before.iter().zip(after) {
+            assert!(*before == after, "{context}: {:?} has changed", before.0);
+        }
+    }
+
     /// Which image a start would open, and that nothing contradicts it.
-    pub(super) fn side(&self, disks: &DurableDisks) -> Side {
+    fn side(&self, disks: &DurableDisks) -> Side {
         let stamp = |image: &str| Stamp::read(&self.state, &self.path(image)).unwrap();
         match disks.successor("vda", &self.path("old.raw")) {
             Some(known) => {
@@ -132,7 +149,7 @@ use Stage::{
 };
 
 /// Every last record, each with a way to it.
-pub(super) fn ways(protocol: Protocol) -> Vec<Vec<Stage>> {
+fn ways(protocol: Protocol) -> Vec<Vec<Stage>> {
     let whole: &[Stage] = match protocol {
         Protocol::A => &[
             Prepared,
@@ -266,7 +283,7 @@ fn what_was_decided_is_carried_out_and_once_more_changes_nothing() {
                 let before = lab.files();
                 let again = lab.run().unwrap();
                 assert_eq!((again.resolved, &again.disks), (None, &resolution.disks));
-                assert_eq!(lab.files(), before);
+                lab.assert_files(&before, "the second time");
             }
         }
     }
@@ -293,7 +310,7 @@ fn what_cannot_be_told_is_refused_with_the_commands_that_decide_it() {
                 new.display()
             );
             assert_eq!(error, expected);
-            assert_eq!(lab.files(), before);
+            lab.assert_files(&before, "refused");
             let resolution = Resolver::choosing(choice).run(&lab.state).unwrap();
             assert_eq!(resolution.resolved.unwrap().side, choice);
             assert_eq!(lab.side(&lab.run().unwrap().disks), choice);

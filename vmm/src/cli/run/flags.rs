@@ -115,6 +115,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "SECONDS", help_heading = "Policies")]
     thaw_grace: Option<u32>,
 
+    /// Boot the images as they are configured, also one that another has replaced or that was never complete
+    #[arg(long, help_heading = "Policies")]
+    pub(super) force_stale_source: bool,
+
     /// Set by --detach: this is the process in the background
     #[arg(long, hide = true, requires = "detach")]
     pub(super) detached: bool,

@@ -1,0 +1,320 @@
+//! Which image each disk has, settled before one is opened: the configuration may still name what a pivot has replaced.
+//!
+//! ```text
+//!   journal ─▶ an operation is open? resolve it ─▶ durable configuration ─▶ image replaced? the one that took its place
+//!                │                                                              │
+//!                └ undecidable: refused                                         └ stamped? refused
+//! ```
+//!
+//! It happens under the lock of the VM's run-time directory: no process of that VM lives, and none starts meanwhile.
+
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use coordinator::StateDir;
+use coordinator::disks::DurableDisks;
+use coordinator::journal::{JournalError, Side};
+use coordinator::resolve::{ResolveError, Resolved, Resolver};
+use coordinator::stamp::{self, Stamp, StampKind};
+
+use crate::cli::output;
+use crate::config::{DiskSpec, VmSpec};
+
+const FORCE: &str = "--force-stale-source";
+
+/// Resolves what the VM left open when it last ended, gives each disk the image that it has by now, and refuses images
+/// that are not to be booted, unless `force`.
+pub(super) fn settle(spec: &mut VmSpec, force: bool) -> anyhow::Result<()> {
+    let state = match StateDir::of(&spec.name) {
+        Ok(state) => state,
+        Err(error) => {
+            tracing::warn!("What was decided about the disks of VM {} is not looked for: {error}", spec.name);
+            return Ok(());
+        }
+    };
+    for line in settle_in(&state, spec, force)? {
+        output::complain(&line);
+    }
+    Ok(())
+}
+
+/// The same, with what there is to say.
+fn settle_in(state: &StateDir, spec: &mut VmSpec, force: bool) -> anyhow::Result<Vec<String>> {
+    let resolution = match Resolver::new().run(state) {
+        Ok(resolution) => resolution,
+        Err(ResolveError::Journal(error @ JournalError::Locked { .. })) => {
+            let wait = "it is about to see what has become of it; try again, or look with `tarn op list`";
+            return Err(error).context(format!("Cannot start VM {}: {wait}", spec.name));
+        }
+        Err(error) => return Err(error).context(format!("Cannot start VM {}", spec.name)),
+    };
+    let mut lines: Vec<String> = resolution.resolved.iter().flat_map(told).collect();
+    if force {
+        return Ok(lines);
+    }
+    for disk in &mut spec.disks {
+        lines.extend(replace(&resolution.disks, disk));
+        check_stamp(state, &resolution.disks, disk)?;
+        check_other_disks(&resolution.disks, disk)?;
+    }
+    Ok(lines)
+}
+
+fn told(resolved: &Resolved) -> Vec<String> {
+    let Resolved { operation, side, witness, warnings } = resolved;
+    let images = match side {
+        Side::Source => "stay as they are",
+        Side::Target => "have moved",
+    };
+    let disks: Vec<_> = operation.plan.disks.iter().map(|disk| disk.disk.as_str()).collect();
+    let first = format!(
+        "operation {}, which was open when VM and coordinator ended, is over: disks {} {images} (witness: {})",
+        operation.id(),
+        disks.join(", "),
+        witness.name()
+    );
+    std::iter::once(first).chain(warnings.iter().cloned()).collect()
+}
+
+/// Gives the disk the image that took the place of the one it is configured with.
+fn replace(disks: &DurableDisks, disk: &mut DiskSpec) -> Option<String> {
+    let found = disks.successor(&disk.id, &disk.path)?;
+    let now = found.by.path.clone();
+    let line = format!(
+        "disk '{}': {}, which replaced {} by operation {}",
+        disk.id,
+        now.display(),
+        disk.path.display(),
+        found.operation
+    );
+    disk.path = now;
+    Some(line)
+}
+
+fn check_stamp(state: &StateDir, disks: &DurableDisks, disk: &DiskSpec) -> anyhow::Result<()> {
+    let (id, path) = (&disk.id, disk.path.display());
+    let instead = format!("to boot it all the same, add {FORCE}");
+    let stamp = Stamp::read(state, &disk.path);
+    let Some(Stamp { kind, operation, vm }) = stamp
+        .with_context(|| format!("Disk '{id}': it cannot be told whether {path} may be booted; {instead}"))?
+    else {
+        return Ok(());
+    };
+    match kind {
+        // Its operation ended well, and died before it could remove it.
+        StampKind::Incomplete if disks.is_current(&disk.path, operation.id) => Ok(()),
+        StampKind::Incomplete => {
+            let stamp = stamp::path_of(state, &disk.path);
+            bail!(
+                "Disk '{id}': {path} is not complete: operation {} of VM {vm} was copying to it. If it is complete by other \
+                 means, remove the stamp: rm {}; {instead}",
+                operation.id,
+                stamp.display()
+            )
+        }
+        // Who only reads it knows what he reads.
+        StampKind::Superseded { .. } if disk.read_only => Ok(()),
+        StampKind::Superseded { by } => {
+            refuse_superseded(disk, &by, &format!("operation {} of VM {vm}", operation.id))
+        }
+    }
+}
+
+/// An image that was another disk of this VM, and is not any more.
+fn check_other_disks(disks: &DurableDisks, disk: &DiskSpec) -> anyhow::Result<()> {
+    let found = disks.disks.keys().find_map(|other| disks.successor(other, &disk.path));
+    match found {
+        Some(found) if !disk.read_only => {
+            refuse_superseded(disk, &found.by.path, &format!("operation {} of this VM", found.operation))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn refuse_superseded(disk: &DiskSpec, by: &Path, operation: &str) -> anyhow::Result<()> {
+    let (id, path, by) = (&disk.id, disk.path.display(), by.display());
+    bail!(
+        "Disk '{id}': {path} was replaced by {by} in {operation}, and lacks what was written since. Use --disk {by},id={id}; \
+         to boot the old one all the same, add {FORCE}"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::PathBuf;
+
+    use coordinator::journal::{DiskPlan, ImageId, Journal, OperationKind, Plan, PlanFlags, Protocol, Stage};
+    use coordinator::record::Operation;
+    use coordinator::record::witness::{Verdict, Witness};
+    use serde_json::{Map, Value};
+    use uuid::Uuid;
+
+    use super::*;
+
+    const ID: Uuid = Uuid::from_u128(7);
+
+    struct Lab {
+        base: tempfile::TempDir,
+        state: StateDir,
+    }
+
+    impl Lab {
+        fn new() -> Self {
+            let base = tempfile::tempdir().unwrap();
+            for image in ["old.raw", "new.raw"] {
+                fs::write(base.path().join(image), image).unwrap();
+            }
+            let state = StateDir::below(&base.path().join("state"), "web").unwrap();
+            Self { base, state }
+        }
+
+        fn path(&self, image: &str) -> PathBuf {
+            fs::canonicalize(self.base.path()).unwrap().join(image)
+        }
+
+        /// A pivot of `vda` that nobody has seen the end of.
+        fn pivot(&self, verdict: Option<Verdict>, retire_source: bool) {
+            let mut journal = Journal::open(&self.state).unwrap();
+            let image = |name: &str| ImageId::of(&self.path(name)).unwrap();
+            let disk = DiskPlan { disk: "vda".into(), source: image("old.raw"), target: image("new.raw") };
+            let plan = Plan {
+                kind: OperationKind::Pivot,
+                protocol: Protocol::A,
+                disks: vec![disk],
+                witness: Some(self.state.witness(ID)),
+                flags: PlanFlags { retire_source, ..PlanFlags::default() },
+            };
+            let operation = journal.begin(ID, &plan, Map::new()).unwrap();
+            let stamp = Stamp { kind: StampKind::Incomplete, operation, vm: "web".into() };
+            stamp.write(&self.state, &self.path("new.raw")).unwrap();
+            for stage in [Stage::Prepared, Stage::Mirroring, Stage::Ready, Stage::PivotIntent] {
+                journal.append(ID, stage, Map::new()).unwrap();
+            }
+            let mut witness = Witness::create(&self.state.witness(ID)).unwrap();
+            if let Some(verdict) = verdict {
+                witness.decide(verdict, operation, Value::Null).unwrap();
+            }
+        }
+
+        fn spec(&self, disks: &[&str]) -> VmSpec {
+            let disk =
+                |text: &&str| text.replace("DIR/", &self.path("").display().to_string()).parse().unwrap();
+            VmSpec { name: "web".into(), disks: disks.iter().map(disk).collect(), ..VmSpec::default() }
+        }
+
+        /// What is said, and the images that are booted.
+        fn settle(&self, disks: &[&str], force: bool) -> Result<(String, Vec<PathBuf>), String> {
+            let mut spec = self.spec(disks);
+            let lines = settle_in(&self.state, &mut spec, force).map_err(|error| format!("{error:#}"))?;
+            Ok((lines.join("\n"), spec.disks.into_iter().map(|disk| disk.path).collect()))
+        }
+    }
+
+    const OLD: &str = "DIR/old.raw,id=vda";
+
+    #[test]
+    fn a_vm_without_operations_boots_what_it_is_configured_with() {
+        let lab = Lab::new();
+        assert_eq!(lab.settle(&[OLD], false).unwrap(), (String::new(), vec![lab.path("old.raw")]));
+        assert!(!lab.state.base().exists());
+    }
+
+    #[test]
+    fn a_pivot_that_nobody_saw_the_end_of_is_resolved_and_the_disk_is_where_the_witness_says() {
+        let lab = Lab::new();
+        lab.pivot(Some(Verdict::Pivoted), false);
+        let (old, new) = (lab.path("old.raw"), lab.path("new.raw"));
+        let moved =
+            format!("disk 'vda': {}, which replaced {} by operation {ID}", new.display(), old.display());
+        let (said, booted) = lab.settle(&[OLD], false).unwrap();
+        let resolved = format!(
+            "operation {ID}, which was open when VM and coordinator ended, is over: disks vda have moved (witness: pivoted)"
+        );
+        assert_eq!((said, booted), (format!("{resolved}\n{moved}"), vec![new.clone()]));
+        // From now on only what is of interest is said; a configuration that names the new one is right.
+        assert_eq!(lab.settle(&[OLD], false).unwrap(), (moved, vec![new.clone()]));
+        assert_eq!(lab.settle(&["DIR/new.raw,id=vda"], false).unwrap(), (String::new(), vec![new]));
+        assert_eq!(lab.settle(&[OLD], true).unwrap(), (String::new(), vec![old]));
+    }
+
+    #[test]
+    fn a_pivot_that_did_not_happen_leaves_the_disk_and_a_target_that_is_not_booted() {
+        let lab = Lab::new();
+        lab.pivot(None, true);
+        let (said, booted) = lab.settle(&[OLD], false).unwrap();
+        assert!(said.ends_with("disks vda stay as they are (witness: empty)"), "{said}");
+        assert_eq!(booted, [lab.path("old.raw")]);
+        for options in ["", ",ro"] {
+            let target = format!("DIR/new.raw,id=vda{options}");
+            let refused = lab.settle(&[&target], false).unwrap_err();
+            let new = lab.path("new.raw");
+            let expected = format!(
+                "Disk 'vda': {new} is not complete: operation {ID} of VM web was copying to it. If it is complete by other \
+                 means, remove the stamp: rm {new}.stamp; to boot it all the same, add --force-stale-source",
+                new = new.display()
+            );
+            assert_eq!(refused, expected);
+            lab.settle(&[&target], true).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_was_a_disk_and_is_none_any_more_is_read_and_not_written() {
+        for retire_source in [false, true] {
+            let lab = Lab::new();
+            lab.pivot(Some(Verdict::Pivoted), retire_source);
+            let both = ["DIR/new.raw,id=vda", "DIR/old.raw,id=vdb"];
+            let refused = lab.settle(&both, false).unwrap_err();
+            let (old, new) = (lab.path("old.raw"), lab.path("new.raw"));
+            let expected =
+                format!("Disk 'vdb': {} was replaced by {} in operation {ID}", old.display(), new.display());
+            assert!(refused.starts_with(&expected), "{refused}");
+            assert!(refused.contains(&format!("Use --disk {},id=vdb;", new.display())), "{refused}");
+            lab.settle(&both, true).unwrap();
+            lab.settle(&["DIR/new.raw,id=vda", "DIR/old.raw,id=vdb,ro"], false).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_image_that_another_vm_has_left_behind_is_refused() {
+        let lab = Lab::new();
+        let operation = Operation { id: ID, generation: 3, epoch: 1 };
+        let kind = StampKind::Superseded { by: "/img/new.raw".into() };
+        let stamp = Stamp { kind, operation, vm: "db".into() };
+        stamp.write(&lab.state, &lab.path("old.raw")).unwrap();
+        let refused = lab.settle(&[OLD], false).unwrap_err();
+        let expected =
+            "was replaced by /img/new.raw in operation 00000000-0000-0000-0000-000000000007 of VM db,";
+        assert!(refused.contains(expected), "{refused}");
+        fs::write(lab.path("old.raw.stamp"), "nonsense").unwrap();
+        let refused = lab.settle(&[OLD], false).unwrap_err();
+        assert!(refused.contains("cannot be told whether") && refused.contains(FORCE), "{refused}");
+        assert_eq!(lab.settle(&[OLD], true).unwrap().1, [lab.path("old.raw")]);
+    }
+
+    #[test]
+    fn what_cannot_be_told_is_refused_even_with_force() {
+        let lab = Lab::new();
+        lab.pivot(Some(Verdict::Pivoted), false);
+        fs::remove_file(lab.state.witness(ID)).unwrap();
+        for force in [false, true] {
+            let refused = lab.settle(&[OLD], force).unwrap_err();
+            assert!(
+                refused.starts_with("Cannot start VM web: It cannot be told whether operation"),
+                "{refused}"
+            );
+            assert!(refused.contains("`tarn recover web --use target`"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_coordinator_that_lives_has_the_first_word() {
+        let lab = Lab::new();
+        lab.pivot(Some(Verdict::Pivoted), false);
+        let _coordinator = Journal::open(&lab.state).unwrap();
+        let refused = lab.settle(&[OLD], false).unwrap_err();
+        let end = format!("Process {} coordinates VM web", std::process::id());
+        assert!(refused.starts_with("Cannot start VM web: ") && refused.ends_with(&end), "{refused}");
+    }
+}
