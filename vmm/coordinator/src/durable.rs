@@ -210,6 +210,14 @@ impl Durable {
         Ok(())
     }
 
+    /// Makes its name last as well: who gave it that may have died before it did.
+    pub(crate) fn sync_name(&self) -> Result<(), DurableError> {
+        sync_directory_of(&self.path)?;
+        #[cfg(feature = "failpoints")]
+        power::stays(&self.path, &self.file);
+        Ok(())
+    }
+
     /// Writes with one system call and syncs. `step` is the failpoint's.
     pub(crate) fn write_at(&self, bytes: &[u8], offset: u64, step: &str) -> Result<(), DurableError> {
         let place = |point| failpoint::pass([self.role.name(), step, point]);

@@ -1,6 +1,9 @@
 //! What a power loss would leave, kept beside each file for tests: `FILE.durable` begins with `+` and has what was last
 //! synced behind it, or is `-`, and the file would be gone.
 //!
+//! `FILE.unnamed` is there while the file has its name and the directory is not synced: what is synced into it then does
+//! not count, as a power loss brings back what had the name before.
+//!
 //! It assumes the worst: whatever was not synced is lost, be it content or a name. That none of it is lost is what
 //! happens to a process that is killed. A test that lets power go is over if it cannot write here, so failures panic.
 
@@ -13,38 +16,47 @@ use std::path::{Path, PathBuf};
 use super::with_suffix;
 
 const SUFFIX: &str = ".durable";
+const UNNAMED: &str = ".unnamed";
 const THERE: u8 = b'+';
 const GONE: u8 = b'-';
 
-/// A file was made, and its name is not synced.
+/// A file is about to get a name that is not synced.
 pub(super) fn is_new(path: &Path) {
     if !shadow(path).exists() {
         keep(path, &[GONE]);
     }
+    let unnamed = fs::write(with_suffix(path, UNNAMED), "");
+    unnamed.unwrap_or_else(|error| panic!("{path:?}: {error}"));
 }
 
 /// A file is about to be replaced or removed: until that is synced it has the content it had, or is not there.
 pub(super) fn is_as_before(path: &Path) {
-    match File::open(path) {
-        Ok(file) if path.is_file() => is_there(&file),
-        _ => is_new(path),
+    if let Ok(file) = File::open(path)
+        && path.is_file()
+    {
+        is_there(&file);
     }
+    is_new(path);
 }
 
 /// Its name is synced, and so is all of its content.
 pub(super) fn stays(path: &Path, file: &File) {
     keep(path, &content(file, path));
+    let _ = fs::remove_file(with_suffix(path, UNNAMED));
 }
 
 /// The file was unlinked, durably.
 pub(super) fn is_gone(path: &Path) {
     keep(path, &[GONE]);
+    let _ = fs::remove_file(with_suffix(path, UNNAMED));
 }
 
 /// An open file was synced. Its name is as durable as it was.
 pub(super) fn synced(file: &File) {
     let path = name_of(file);
-    keep(&path, &content(file, &path));
+    if !with_suffix(&path, UNNAMED).exists() {
+        keep(&path, &content(file, &path));
+    }
 }
 
 /// A file that somebody made without this: what is in it counts as synced.
@@ -65,6 +77,7 @@ pub fn lose_power(directory: &Path) -> Vec<PathBuf> {
     for shadow in entries.map(|entry| entry.expect("an entry of a directory").path()) {
         let name = shadow.to_string_lossy().into_owned();
         let Some(path) = name.strip_suffix(SUFFIX).map(PathBuf::from) else { continue };
+        let _ = fs::remove_file(with_suffix(&path, UNNAMED));
         let kept = fs::read(&shadow).unwrap_or_else(|error| panic!("{shadow:?}: {error}"));
         let before = fs::read(&path).ok();
         let after = match kept.split_first() {

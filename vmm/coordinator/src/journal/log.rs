@@ -11,7 +11,7 @@
 //!
 //! A record whose sync failed may be readable now and gone after a power loss. Only the last one can be such: after a
 //! failure nothing more is written until the file is read again. So whoever opens the journal to write writes the last
-//! record again, with the next one or alone, before it acts on it.
+//! record again before it acts on it, and syncs the directory: the file may have got its name just before a crash.
 
 use std::path::{Path, PathBuf};
 
@@ -74,11 +74,18 @@ impl Log {
         CAPACITY.saturating_sub(self.records.len())
     }
 
-    /// Makes the last record last.
+    /// Makes the last record last, and the file's name.
     pub(super) fn settle(&mut self) -> Result<(), JournalError> {
-        let Some(last) = self.records.last() else { return Ok(()) };
-        let (bytes, slot) = (encode(last)?, self.records.len() - 1);
-        self.write(&bytes, slot, "settle")
+        if let Some(last) = self.records.last() {
+            let (bytes, slot) = (encode(last)?, self.records.len() - 1);
+            self.write(&bytes, slot, "settle")?;
+        }
+        Ok(self.file.sync_name()?)
+    }
+
+    /// Takes nothing more: another file may have its name by now.
+    pub(super) fn doubt(&mut self) {
+        self.is_doubtful = true;
     }
 
     /// Adds a record, which lasts when this returns.

@@ -374,8 +374,10 @@ impl Journal {
         let kept = kept(self.log.records(), &self.folded, log::CAPACITY / 2);
         if kept.len() < self.log.records().len() {
             let path = self.state.journal();
-            self.folded = fold(&kept, &path)?;
-            self.log = Log::replace(&path, kept, "compact")?;
+            let folded = fold(&kept, &path)?;
+            let replaced = Log::replace(&path, kept, "compact");
+            self.log = replaced.inspect_err(|_| self.log.doubt())?;
+            self.folded = folded;
         }
         if self.log.is_full() { Err(JournalError::Full { path: self.state.journal() }) } else { Ok(()) }
     }

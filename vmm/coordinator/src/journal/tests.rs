@@ -402,3 +402,110 @@ fn a_flipped_bit_never_changes_what_a_journal_says() {
     }
     assert!(refused > 2900, "{refused} refused, {forgotten} forgotten");
 }
+
+#[cfg(feature = "failpoints")]
+mod failures {
+    use super::*;
+    use crate::failpoint;
+    use crate::lose_power;
+
+    const ID: Uuid = Uuid::from_u128(0xF);
+
+    /// What a power loss leaves, seen by the next coordinator.
+    fn after_power_loss(lab: &Lab) -> Journal {
+        lose_power(&lab.state.path());
+        lab.open()
+    }
+
+    #[test]
+    fn a_step_that_failed_is_in_doubt_until_the_journal_is_read_again() {
+        for (point, stage) in
+            [("before", Stage::Planned), ("written", Stage::Prepared), ("synced", Stage::Prepared)]
+        {
+            let lab = Lab::new();
+            let mut journal = lab.open();
+            journal.begin(ID, &plan(), Map::new()).unwrap();
+            let failed = failpoint::with(&format!("journal.prepared.{point}=eio"), || {
+                journal.append(ID, Stage::Prepared, Map::new())
+            });
+            assert!(matches!(failed, Err(JournalError::File(_))), "{failed:?}");
+            let refused = journal.append(ID, Stage::Aborted, Map::new()).unwrap_err();
+            assert!(matches!(refused, JournalError::Doubtful { .. }), "{refused}");
+            journal.reopen().unwrap();
+            assert_eq!(journal.last().unwrap().stage(), stage, "{point}");
+            // What was read again lasts.
+            drop(journal);
+            let mut journal = after_power_loss(&lab);
+            assert_eq!(journal.last().unwrap().stage(), stage, "{point}");
+            journal.append(ID, Stage::Aborted, Map::new()).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_record_whose_sync_failed_lasts_once_somebody_may_act_on_it() {
+        let lab = Lab::new();
+        let mut journal = lab.open();
+        journal.begin(ID, &plan(), Map::new()).unwrap();
+        let failed =
+            failpoint::with("journal.aborted.written=eio", || journal.append(ID, Stage::Aborted, Map::new()));
+        failed.unwrap_err();
+        drop(journal);
+        let journal = Journal::open_existing(&lab.state).unwrap().unwrap();
+        assert_eq!(journal.last().unwrap().stage(), Stage::Aborted);
+        drop(journal);
+        assert_eq!(after_power_loss(&lab).last().unwrap().stage(), Stage::Aborted);
+    }
+
+    #[test]
+    fn making_room_may_fail_anywhere_and_loses_nothing() {
+        for point in ["before", "written", "synced", "renamed", "done"] {
+            let lab = Lab::new();
+            let mut journal = lab.open();
+            let (mut count, mut generation) = (0, 0);
+            let failed = loop {
+                count += 1;
+                let begun = failpoint::with(&format!("journal.compact.{point}=enospc"), || {
+                    journal.begin(Uuid::from_u128(count), &plan(), Map::new())
+                });
+                if let Err(error) = begun {
+                    break error;
+                }
+                for stage in TO_THE_END {
+                    journal.append(Uuid::from_u128(count), stage, Map::new()).unwrap();
+                }
+                generation += 1;
+            };
+            assert!(matches!(failed, JournalError::File(_)), "{failed}");
+            let before = journal.last().unwrap().clone();
+            drop(journal);
+            let mut journal = lab.open();
+            assert_eq!((journal.generation(), journal.last()), (generation, Some(&before)), "{point}");
+            journal.begin(ID, &plan(), Map::new()).unwrap();
+            journal.append(ID, Stage::Prepared, Map::new()).unwrap();
+            drop(journal);
+            let journal = after_power_loss(&lab);
+            assert_eq!(journal.generation(), generation, "{point}");
+            let last = journal.last().unwrap();
+            assert_eq!((last.id(), last.stage()), (ID, Stage::Prepared), "{point}");
+        }
+    }
+
+    #[test]
+    fn a_journal_that_could_not_be_made_or_taken_over_is_made_the_next_time() {
+        for point in ["before", "written", "synced", "renamed", "done"] {
+            let lab = Lab::new();
+            let made = failpoint::with(&format!("journal.create.{point}=eio"), || Journal::open(&lab.state));
+            made.unwrap_err();
+            lab.open().begin(ID, &plan(), Map::new()).unwrap();
+            assert_eq!(after_power_loss(&lab).last().unwrap().id(), ID, "{point}");
+        }
+        for point in ["before", "written", "synced"] {
+            let lab = Lab::new();
+            lab.open().begin(ID, &plan(), Map::new()).unwrap();
+            let taken = failpoint::with(&format!("journal.epoch.{point}=eio"), || Journal::open(&lab.state));
+            taken.unwrap_err();
+            let epoch = lab.open().epoch();
+            assert!(after_power_loss(&lab).epoch() > epoch, "{point}");
+        }
+    }
+}

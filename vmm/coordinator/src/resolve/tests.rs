@@ -105,7 +105,8 @@ impl Lab {
             .filter(|path| path.is_file() && !path.ends_with("lock"))
             // What a crash leaves of a replacement, and what the tests of crashes keep.
             .filter(|path| {
-                !path.to_string_lossy().contains(".durable") && path.extension() != Some("new".as_ref())
+                let name = path.to_string_lossy();
+                !name.contains(".durable") && ![".unnamed", ".new"].iter().any(|end| name.ends_with(end))
             })
             .map(|path| (path.clone(), fs::read(path).unwrap()))
             .collect();
