@@ -152,14 +152,16 @@ impl Durable {
         let created = Self { role, path: path.to_owned(), file };
         check_filesystem(&created.file, role.words(), path)?;
         #[cfg(feature = "failpoints")]
-        power::is_new(path);
+        power::is_named(path, &created.file, &[]);
         created.file.write_all_at(content, 0).map_err(role.failed("write", path))?;
         place("written").map_err(role.failed("sync", path))?;
         created.file.sync_all().map_err(role.failed("sync", path))?;
+        #[cfg(feature = "failpoints")]
+        power::is_named(path, &created.file, content);
         place("synced").map_err(role.failed("sync", path))?;
         sync_directory_of(path)?;
         #[cfg(feature = "failpoints")]
-        power::stays(path, &created.file);
+        power::stays(path);
         place("done").map_err(role.failed("sync the directory of", path))?;
         Ok(created)
     }
@@ -214,7 +216,7 @@ impl Durable {
     pub(crate) fn sync_name(&self) -> Result<(), DurableError> {
         sync_directory_of(&self.path)?;
         #[cfg(feature = "failpoints")]
-        power::stays(&self.path, &self.file);
+        power::stays(&self.path);
         Ok(())
     }
 
@@ -226,7 +228,7 @@ impl Durable {
         place("written").map_err(self.role.failed("sync", &self.path))?;
         self.file.sync_data().map_err(self.role.failed("sync", &self.path))?;
         #[cfg(feature = "failpoints")]
-        power::synced(&self.file);
+        power::synced(&self.file, offset..offset + bytes.len() as u64);
         place("synced").map_err(self.role.failed("sync", &self.path))
     }
 }
@@ -245,12 +247,15 @@ pub(crate) fn replace(role: Role, path: &Path, content: &[u8], step: &str) -> Re
     file.sync_all().map_err(role.failed("sync", &new))?;
     place("synced").map_err(role.failed("sync", &new))?;
     #[cfg(feature = "failpoints")]
-    power::is_as_before(path);
+    {
+        power::is_as_before(path);
+        power::is_named(path, &file, content);
+    }
     fs::rename(&new, path).map_err(role.failed("replace", path))?;
     place("renamed").map_err(role.failed("sync the directory of", path))?;
     sync_directory_of(path)?;
     #[cfg(feature = "failpoints")]
-    power::stays(path, &file);
+    power::stays(path);
     place("done").map_err(role.failed("sync the directory of", path))
 }
 
