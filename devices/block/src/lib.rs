@@ -27,8 +27,11 @@
 //!   covers what was completed before it was queued.
 //! - A flush that failed cannot be repaired by another: without direct I/O the engine keeps failing
 //!   flushes from then on, because Linux forgets what it could not write back.
-//! - Limits and faults are the holder's of a [`Filters`] handle. Whoever waits until nothing is in flight lifts the limits
-//!   first ([`Engine::set_throttled`]).
+//! - Limits and faults are the holder's of a [`Filters`] handle, a device's or a disk's: the former go with the device from
+//!   disk to disk, the latter stay with the disk, whoever works on it. Whoever waits until nothing is in flight lifts the
+//!   limits first ([`Engine::set_throttled`]).
+//! - A disk may be given a volatile write cache ([`FaultOperation::VolatileCache`]): then a process that is killed loses
+//!   what was not flushed, as a machine does that loses power. An engine that is dropped writes it first.
 //! - Short transfers, `EINTR`, direct I/O's alignment and what a filesystem cannot do (holes, zeroes)
 //!   are the engine's: the caller sees all or an error.
 //!

@@ -30,7 +30,8 @@ pub enum FaultOperation {
     /// Zeroes, unmapping or not.
     Zeroes,
     /// What changes the disk: it is kept in memory until it is flushed, and lost with the process when that is killed. A
-    /// disk that writes through ([`Cache::Writethrough`](crate::Cache::Writethrough)) loses nothing.
+    /// disk that writes through ([`Cache::Writethrough`](crate::Cache::Writethrough)) loses nothing, and one that knows
+    /// no flush ([`Cache::Unsafe`](crate::Cache::Unsafe)) everything. See [`MAX_UNFLUSHED`](crate::MAX_UNFLUSHED).
     VolatileCache,
 }
 
@@ -52,7 +53,7 @@ pub struct FaultRule {
     /// It fails; without [`Self::torn`] nothing is done.
     pub errno: Option<Errno>,
     /// Of [`FaultOperation::VolatileCache`]: a part of what was not flushed reaches the disk early, in any order and
-    /// perhaps torn between sectors; the same part for the same seed and operations.
+    /// perhaps torn between sectors. Which part, this decides, as far as timing does not.
     pub seed: Option<u64>,
 }
 

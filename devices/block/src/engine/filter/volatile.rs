@@ -354,7 +354,7 @@ impl VolatileCache {
     /// With a seed, every other write makes something go below early, as far as the power lasts.
     fn leak(&mut self) {
         let Some(random) = &mut self.random else { return };
-        if self.orders.len() >= WRITES || random.below(2) == 0 {
+        if random.below(2) == 0 || self.orders.len() >= WRITES {
             return;
         }
         let Some((last, _)) = self.fresh.pieces.last_key_value() else { return };
