@@ -13,8 +13,12 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 
 use base64::prelude::{BASE64_STANDARD, Engine};
+use coordinator::StateDir;
+use coordinator::journal::{DiskPlan, ImageId, Journal, OperationKind, Plan, PlanFlags, Protocol, Stage};
+use coordinator::record::witness::{Verdict, Witness};
 use protocol::{Decoder, Item, Limits};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
 use vmm::config::VmSpec;
 use vmm::run_dir::RunDir;
 
@@ -320,6 +324,66 @@ fn what_cannot_run_leaves_nothing_behind() {
     let (code, error) =
         failure(tarn(base.path(), "run --kernel /k --software-kvm").env("TARN_RUN_DIR", &deep));
     assert!(code == Some(1) && error.contains("too deep"), "{error}");
+}
+
+/// A pivot of the VM `web` from `old.raw` to `new.raw`, whose coordinator and VMM have died; the VMM had decided.
+fn pivot_without_an_end(state: &StateDir, base: &Path) -> Uuid {
+    for image in ["old.raw", "new.raw"] {
+        fs::write(base.join(image), [0; 512]).unwrap();
+    }
+    let id = Uuid::from_u128(7);
+    let image = |name: &str| ImageId::of(&base.join(name)).unwrap();
+    let disk = DiskPlan { disk: "root".into(), source: image("old.raw"), target: image("new.raw") };
+    let plan = Plan {
+        kind: OperationKind::Pivot,
+        protocol: Protocol::A,
+        disks: vec![disk],
+        witness: Some(state.witness(id)),
+        flags: PlanFlags::default(),
+    };
+    let mut journal = Journal::open(state).unwrap();
+    let operation = journal.begin(id, &plan, Map::new()).unwrap();
+    for stage in [Stage::Prepared, Stage::Mirroring, Stage::Ready, Stage::PivotIntent] {
+        journal.append(id, stage, Map::new()).unwrap();
+    }
+    let mut witness = Witness::create(&state.witness(id)).unwrap();
+    witness.decide(Verdict::Pivoted, operation, Value::Null).unwrap();
+    id
+}
+
+#[test]
+fn a_disk_that_was_moved_is_run_from_where_it_is() {
+    let base = tempfile::tempdir().unwrap();
+    let base = fs::canonicalize(base.path()).unwrap();
+    let state = StateDir::below(&base.join("state"), "web").unwrap();
+    let id = pivot_without_an_end(&state, &base);
+    let run = |more: &str| {
+        let line =
+            format!("run --software-kvm --kernel /nonexistent --name web --disk old.raw,id=root {more}");
+        failure(tarn(&base, &line).env("TARN_STATE_DIR", base.join("state"))).1
+    };
+    // Somebody has it in hand.
+    let coordinator = Journal::open_existing(&state).unwrap();
+    let refused = run("");
+    assert!(refused.starts_with("tarn: Cannot start VM web: ") && refused.contains("Process "), "{refused}");
+    drop(coordinator);
+    // Nobody can tell.
+    let witness = fs::read(state.witness(id)).unwrap();
+    fs::remove_file(state.witness(id)).unwrap();
+    let refused = run("--force-stale-source");
+    assert!(refused.contains("`tarn recover web --use target`"), "{refused}");
+    fs::write(state.witness(id), witness).unwrap();
+    // It is in the witness.
+    let (old, new) = (base.join("old.raw"), base.join("new.raw"));
+    let moved = format!("tarn: disk 'root': {}, which replaced old.raw by operation {id}\n", new.display());
+    let said = run("");
+    assert!(said.contains("disks root have moved (witness: pivoted)"), "{said}");
+    assert!(said.contains(&moved) && said.contains("tarn: Cannot run VM web"), "{said}");
+    assert!(run("").starts_with(&moved));
+    assert!(run("--force-stale-source").starts_with("tarn: Cannot run VM web"));
+    // Also when it has gone.
+    fs::remove_file(old).unwrap();
+    assert!(run("").starts_with(&moved));
 }
 
 #[test]

@@ -41,6 +41,16 @@ pub enum DisksError {
         /// Its version.
         version: u32,
     },
+    /// It is newer than an operation that is to be committed.
+    #[error("The durable configuration {} is of generation {known} already, and the operation of {asked}", path.display())]
+    Ahead {
+        /// The file.
+        path: PathBuf,
+        /// What it has.
+        known: u64,
+        /// The operation's.
+        asked: u64,
+    },
     /// It is older than the journal, or gone.
     #[error(
         "The durable configuration {} is of generation {known}, and the journal knows of {expected}: bring back the \
@@ -150,7 +160,8 @@ impl DurableDisks {
     pub fn commit(state: &StateDir, operation: Operation, plan: &Plan) -> Result<Self, DisksError> {
         let mut disks = Self::load(state)?;
         if disks.generation > operation.generation {
-            return Ok(disks);
+            let (known, asked) = (disks.generation, operation.generation);
+            return Err(DisksError::Ahead { path: state.disks(), known, asked });
         }
         // One that says so already is written again: who wrote it may have died before it was to last.
         if disks.generation < operation.generation {
@@ -228,6 +239,16 @@ mod tests {
         }
 
         fn pivot(&mut self, disk: &str, source: &str, target: &str) -> DurableDisks {
+            let committed = self.commit(disk, source, target).unwrap();
+            let before = fs::read(self.state.disks()).unwrap();
+            self.generation -= 1;
+            assert_eq!(self.commit(disk, source, target).unwrap(), committed);
+            assert_eq!(fs::read(self.state.disks()).unwrap(), before);
+            assert_eq!(DurableDisks::load(&self.state).unwrap(), committed);
+            committed
+        }
+
+        fn commit(&mut self, disk: &str, source: &str, target: &str) -> Result<DurableDisks, DisksError> {
             self.generation += 1;
             let generation = self.generation;
             let operation = Operation { id: Uuid::from_u128(generation.into()), generation, epoch: 1 };
@@ -239,12 +260,7 @@ mod tests {
                 witness: None,
                 flags: PlanFlags::default(),
             };
-            let committed = DurableDisks::commit(&self.state, operation, &plan).unwrap();
-            let before = fs::read(self.state.disks()).unwrap();
-            assert_eq!(DurableDisks::commit(&self.state, operation, &plan).unwrap(), committed);
-            assert_eq!(fs::read(self.state.disks()).unwrap(), before);
-            assert_eq!(DurableDisks::load(&self.state).unwrap(), committed);
-            committed
+            DurableDisks::commit(&self.state, operation, &plan)
         }
 
         fn successor(&self, disks: &DurableDisks, disk: &str, image: &str) -> Option<String> {
@@ -274,6 +290,10 @@ mod tests {
         let mut lab = Lab::new();
         lab.pivot("vda", "a", "b");
         let disks = lab.pivot("vda", "b", "a");
+        lab.generation = 0;
+        let stale = lab.commit("vda", "x", "y").unwrap_err();
+        assert!(matches!(stale, DisksError::Ahead { known: 2, asked: 1, .. }), "{stale}");
+        lab.generation = 2;
         assert_eq!(lab.successor(&disks, "vda", "b").as_deref(), Some("a"));
         assert_eq!(lab.successor(&disks, "vda", "a"), None);
         let disks = lab.pivot("vda", "a", "c");

@@ -32,6 +32,7 @@ use uuid::Uuid;
 
 use self::log::Log;
 use self::operation::{EPOCH, Folded, Payload};
+use crate::disks::{DisksError, DurableDisks};
 use crate::durable::{DurableError, Role};
 use crate::record::{Operation, Record, TooLong};
 use crate::state_dir::StateDir;
@@ -49,6 +50,9 @@ pub enum JournalError {
     /// A file cannot be read or written durably.
     #[error(transparent)]
     File(#[from] DurableError),
+    /// The durable configuration, which has the generation as well, cannot be read.
+    #[error(transparent)]
+    Disks(#[from] DisksError),
     /// Another coordinator is at work.
     #[error("Process {} coordinates VM {vm}", by.map_or("(unknown)".to_owned(), |pid| pid.to_string()))]
     Locked {
@@ -164,7 +168,7 @@ impl Journal {
         let mut journal = match Self::load(state, lock)? {
             Ok(journal) => journal,
             Err(lock) => {
-                let first = epoch_record(1, 1, 0);
+                let first = epoch_record(1, 1, DurableDisks::load(state)?.generation);
                 let log = Log::replace(&path, vec![first], "create")?;
                 let folded = fold(log.records(), &path)?;
                 return Ok(Self { state: state.clone(), log, folded, is_claimed: true, lock });
@@ -222,7 +226,12 @@ impl Journal {
         self.log.settle()?;
         self.make_room(1)?;
         let (sequence, epoch) = (self.next_sequence(), self.folded.epoch + 1);
-        self.add(epoch_record(sequence, epoch, self.folded.generation), "epoch")?;
+        // An old journal that somebody has brought back does not make generations go back.
+        let generation = match self.open_operation() {
+            Some(_) => self.generation(),
+            None => self.generation().max(DurableDisks::load(&self.state)?.generation),
+        };
+        self.add(epoch_record(sequence, epoch, generation), "epoch")?;
         self.is_claimed = true;
         Ok(())
     }
@@ -392,7 +401,9 @@ fn kept(records: &[Record], folded: &Folded, limit: usize) -> Vec<Record> {
     let mut generation = folded.generation;
     for operation in folded.operations.iter().rev() {
         let fits = kept.len() + operation.entries.len() + 2 <= limit;
-        if !fits && !operation.is_open() {
+        // Without what is between them an operation has to lead to the next one.
+        let leads = operation.generation_after() == generation;
+        if !(fits && leads || operation.is_open()) {
             break;
         }
         let of_it =

@@ -161,6 +161,19 @@ impl OperationLog {
         object
     }
 
+    /// Whether its record of a decision says that the targets are the disks.
+    fn has_moved(&self) -> bool {
+        let Self { plan, progress, .. } = self;
+        plan.kind == OperationKind::Pivot
+            && progress.is_decided()
+            && progress.decision() == Some(Side::Target)
+    }
+
+    /// The journal's generation after its last step.
+    pub(super) fn generation_after(&self) -> u64 {
+        self.operation.generation - u64::from(!self.has_moved())
+    }
+
     /// The first record of an operation.
     pub(super) fn begin(operation: Operation, payload: Payload) -> Option<Self> {
         let plan = payload.plan.clone()?;
@@ -247,10 +260,7 @@ impl Folded {
             return Err(format!("Operation {} changes its generation", operation.id));
         }
         last.follow(stage, operation, payload).map_err(|misplaced| misplaced.to_string())?;
-        let is_moved = last.plan.kind == OperationKind::Pivot
-            && last.progress.is_decided()
-            && last.progress.decision() == Some(Side::Target);
-        if is_moved {
+        if last.has_moved() {
             self.generation = operation.generation;
         }
         Ok(())

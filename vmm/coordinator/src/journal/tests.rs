@@ -220,6 +220,19 @@ fn a_full_journal_forgets_what_is_over_and_keeps_generation_and_epoch() {
 }
 
 #[test]
+fn a_generation_that_the_durable_configuration_is_ahead_by_survives_forgetting() {
+    let lab = Lab::new();
+    pivot(&mut lab.open(), 1);
+    fs::write(lab.state.disks(), r#"{"version": 1, "generation": 9, "disks": {}}"#).unwrap();
+    for id in 2..40 {
+        let mut journal = lab.open();
+        abort(&mut journal, id);
+        assert_eq!(journal.generation(), 9);
+        assert_eq!(journal.last().unwrap().operation.generation, 10);
+    }
+}
+
+#[test]
 fn an_open_operation_is_never_forgotten() {
     let lab = Lab::new();
     let id = Uuid::from_u128(77);

@@ -358,6 +358,23 @@ fn a_durable_configuration_that_is_older_than_the_journal_is_refused() {
 }
 
 #[test]
+fn generations_go_on_where_they_were_when_the_journal_was_lost() {
+    let lab = Lab::new();
+    lab.come_to(OperationKind::Pivot, Protocol::A, &[Prepared, Mirroring, Ready, PivotIntent]);
+    let old = fs::read(lab.state.journal()).unwrap();
+    lab.witness(Reading::Pivoted);
+    let disks = lab.run().unwrap().disks;
+    fs::remove_file(lab.state.journal()).unwrap();
+    assert_eq!(lab.run().unwrap(), Resolution { resolved: None, disks });
+    assert_eq!(Journal::open(&lab.state).unwrap().generation(), 1);
+    // One that was brought back is not taken to be about what came after it.
+    fs::write(lab.state.journal(), old).unwrap();
+    assert!(lab.run().unwrap_err().to_string().contains("the witness that would say so has been removed"));
+    Resolver::choosing(Side::Source).run(&lab.state).unwrap();
+    assert_eq!(Journal::open(&lab.state).unwrap().generation(), 1);
+}
+
+#[test]
 fn a_vm_without_operations_is_left_alone() {
     let lab = Lab::new();
     let resolution = lab.run().unwrap();
