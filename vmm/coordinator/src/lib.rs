@@ -12,6 +12,17 @@
 //!
 //! Nothing here knows how a VM is built: the sockets are all there is. Any QMP monitor and any qemu-ga behind a unix
 //! socket will do.
+//!
+//! What has to survive a crash lies in the VM's state directory and beside its images:
+//!
+//! ```text
+//!   resolve           which images are the disks, when the VM is dead; carried out, once
+//!     ├── journal       what was done, step by step
+//!     ├── witness       what the VMM has decided             (record::witness)
+//!     ├── disks         which image is which disk, and since when
+//!     └── stamp         which images are not to be booted
+//!   durable           the only place that writes such a file; failpoint lets it fail
+//! ```
 
 mod connection;
 pub mod disks;
