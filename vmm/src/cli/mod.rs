@@ -11,6 +11,7 @@ mod interrupt;
 mod kill;
 mod lines;
 mod logging;
+mod operation;
 mod output;
 mod pause;
 mod process;
@@ -39,6 +40,7 @@ Exit status:
   0      success
   1      tarn failed; one line on standard error says why
   2      the command line is wrong
+  3, 4   an operation on disks was aborted; is not settled (tarn pivot, mirror, backup, op, recover)
   70     the guest panicked (tarn run; see --on-guest-panic)
   other  that of the command in the guest (exec, run --exec; 128+N after signal N), or of --on-guest-…
 
@@ -85,6 +87,13 @@ enum Command {
     Resume(resume::ResumeArgs),
     Stop(stop::StopArgs),
     Kill(kill::KillArgs),
+    Pivot(operation::PivotArgs),
+    Mirror(operation::MirrorArgs),
+    Backup(operation::BackupArgs),
+    Freeze(operation::FreezeArgs),
+    Thaw(operation::ThawArgs),
+    Op(operation::OpArgs),
+    Recover(operation::RecoverArgs),
     Qmp(qmp::QmpArgs),
     Agent(agent::AgentArgs),
     Doctor(doctor::DoctorArgs),
@@ -151,6 +160,13 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Resume(args) => resume::run(&args),
         Command::Stop(args) => stop::run(&args),
         Command::Kill(args) => kill::run(&args),
+        Command::Pivot(args) => operation::pivot(&args),
+        Command::Mirror(args) => operation::mirror(&args),
+        Command::Backup(args) => operation::backup(&args),
+        Command::Freeze(args) => operation::freeze(&args),
+        Command::Thaw(args) => operation::thaw(&args),
+        Command::Op(args) => operation::op(&args),
+        Command::Recover(args) => operation::recover(&args),
         Command::Qmp(args) => qmp::run(&args),
         Command::Agent(args) => agent::run(&args),
         Command::Doctor(args) => doctor::run(&args),
