@@ -103,7 +103,8 @@ impl Lab {
     /// `tarn ARGS…`, with this test's VMs in sight.
     pub fn tarn(&self, args: &[&str]) -> Command {
         let mut command = Command::new(TARN);
-        command.args(args).env("TARN_RUN_DIR", self.path("run")).env("TARN_GUEST_IMAGE", guest_image(""));
+        command.args(args).env("TARN_RUN_DIR", self.path("run")).env("TARN_STATE_DIR", self.path("state"));
+        command.env("TARN_GUEST_IMAGE", guest_image(""));
         command
     }
 

@@ -29,6 +29,7 @@ mod guest_commands;
 mod harness;
 mod jobs;
 mod monitor;
+mod operations;
 mod pivot;
 mod ports;
 mod stock_qemu;
