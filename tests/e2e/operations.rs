@@ -212,12 +212,12 @@ fn a_coordinator_that_dies_leaves_an_operation_that_is_undone_or_gone_on_with() 
     );
     assert!(!target.exists() && !lab.path("b.raw.stamp").exists());
     assert_eq!(vm.monitor().run("query-jobs"), Value::Array(vec![]));
-    assert_eq!(files(&mut vm), [a.clone()]);
+    assert_eq!(files(&mut vm), std::slice::from_ref(&a));
 
     killed("mirroring");
     let report = json(&lab, &["op", "resume", "crash"]);
     assert_eq!(report["outcome"], "pivoted");
-    assert_eq!(files(&mut vm), [target.clone()]);
+    assert_eq!(files(&mut vm), std::slice::from_ref(&target));
 
     // And the VM with it: the next start knows which image is the disk.
     let back = lab.path("c.raw");
