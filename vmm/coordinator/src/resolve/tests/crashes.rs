@@ -111,6 +111,7 @@ fn pivot(base: &Path, state: &StateDir, protocol: Protocol) -> Result<(), Stoppe
             witness.decide(Verdict::Revoked, operation, Value::Null)?;
             use_image(base, "source");
             step(Stage::Aborted)?;
+            Witness::remove(&state.witness(ID))?;
             step(Stage::Done)?;
             return Ok(());
         }
