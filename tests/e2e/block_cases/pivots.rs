@@ -1,8 +1,10 @@
 //! Pivots back and forth under a guest that writes, reads, zeroes, discards and flushes all the time, and checks every
 //! byte it reads against what it wrote.
 
+use std::path::Path;
 use std::time::Instant;
 
+use coordinator::record::witness::Witness;
 use serde_json::json;
 
 use super::MIB;
@@ -20,18 +22,24 @@ pub fn a_guest_that_checks_its_data_pivots_back_and_forth(lab: &Lab, machine: &m
         let slow = json!({"device": "load", "op": "write", "sector": 8192, "sectors": 4096, "delay-ms": 3});
         machine.monitor.run_with("tarn-fault-add", &slow);
     }
-    let mut former = None;
+    let mut former: Option<String> = None;
     for round in 0..rounds {
-        let (from, to) = (&images[round % 2], &images[(round + 1) % 2]);
-        let mode = if round % 4 < 2 { "background" } else { "write-blocking" };
+        let [from, to] = [&images[round % 2], &images[(round + 1) % 2]];
         let node = format!("load-{round}");
         machine.add(&node, to);
-        let options = json!({"copy-mode": mode, "auto-finalize": false, "auto-dismiss": false});
+        let mode = if round % 4 < 2 { "background" } else { "write-blocking" };
+        let with_witness = round % 5 == 4 && !machine.is_reference();
+        let by_hand = !with_witness;
+        let options = json!({"copy-mode": mode, "auto-finalize": !by_hand, "auto-dismiss": !by_hand});
         machine.mirror("load", &node, &options);
         machine.told("BLOCK_JOB_READY");
-        machine.complete_until_pending();
-        assert_same(from, to);
-        machine.finalize();
+        if with_witness {
+            pivots_with_a_witness(machine, &lab.path("load.witness"), round);
+        } else {
+            machine.complete_until_pending();
+            assert_same(from, to);
+            machine.finalize();
+        }
         assert_eq!(&machine.file("load"), to, "round {round}");
         assert!(!machine.is_over(&load), "the load goes on");
         if let Some(former) = former.replace(node) {
@@ -40,6 +48,17 @@ pub fn a_guest_that_checks_its_data_pivots_back_and_forth(lab: &Lab, machine: &m
     }
     machine.sh("touch /run/load.stop");
     let steps: u64 = machine.end(load).trim().parse().unwrap();
-    assert!(steps > 0);
     eprintln!("{steps} operations of the guest in {rounds} pivots, {:?}", start.elapsed());
+    assert!(steps > 0);
+}
+
+/// Tarn's own way.
+fn pivots_with_a_witness(machine: &mut Machine<'_>, witness: PathBuf, round: usize) {
+    Witness::create(witness).unwrap();
+    let op = format!("22222222-2222-4222-8222-{round:012}");
+    let pivot = json!({"op": op, "gen": round, "jobs": ["m0"], "witness": witness});
+    let info = machine.monitor.run_with("tarn-pivot", &pivot);
+    assert_eq!((&info["state"], &info["witness"]), (&json!("pivoted"), &json!("durable")));
+    machine.told("null");
+    Witness::remove(witness).unwrap();
 }
