@@ -53,7 +53,7 @@ pub fn a_guest_that_checks_its_data_pivots_back_and_forth(lab: &Lab, machine: &m
 }
 
 /// Tarn's own way.
-fn pivots_with_a_witness(machine: &mut Machine<'_>, witness: PathBuf, round: usize) {
+fn pivots_with_a_witness(machine: &mut Machine<'_>, witness: &Path, round: usize) {
     Witness::create(witness).unwrap();
     let op = format!("22222222-2222-4222-8222-{round:012}");
     let pivot = json!({"op": op, "gen": round, "jobs": ["m0"], "witness": witness});
