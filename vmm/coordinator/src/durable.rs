@@ -91,6 +91,15 @@ impl Role {
         }
     }
 
+    /// The mistake not to sync it.
+    fn unsynced(self) -> &'static str {
+        match self {
+            Self::Journal => "journal-unsynced",
+            Self::Witness => "witness-unsynced",
+            Self::Disks | Self::Stamp => "unsynced",
+        }
+    }
+
     /// To people.
     fn words(self) -> &'static str {
         match self {
@@ -226,9 +235,11 @@ impl Durable {
         place("before").map_err(self.role.failed("write", &self.path))?;
         self.file.write_all_at(bytes, offset).map_err(self.role.failed("write", &self.path))?;
         place("written").map_err(self.role.failed("sync", &self.path))?;
-        self.file.sync_data().map_err(self.role.failed("sync", &self.path))?;
-        #[cfg(feature = "failpoints")]
-        power::synced(&self.file, offset..offset + bytes.len() as u64);
+        if !failpoint::mistake(self.role.unsynced()) {
+            self.file.sync_data().map_err(self.role.failed("sync", &self.path))?;
+            #[cfg(feature = "failpoints")]
+            power::synced(&self.file, offset..offset + bytes.len() as u64);
+        }
         place("synced").map_err(self.role.failed("sync", &self.path))
     }
 }

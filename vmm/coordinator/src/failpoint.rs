@@ -16,10 +16,15 @@
 //!           done      (files that are created, replaced, removed) the directory is synced, too
 //! ```
 //!
-//! The environment variable `TARN_FAILPOINT` arms some: `NAME[:N][+][=kill|eio|enospc][,…]`. `N` is how often the place
-//! is passed until it happens (1 unless told); it happens once, or with `+` from then on every time. A `*` stands for
-//! any word. `kill` (the default) is SIGKILL. An error before a write means that nothing is written, one at `written`
-//! that the sync fails, one after the sync that it was told to have failed and has not.
+//! The VMM has places of its own, `jobs.STEP.POINT`, between steps that somebody else can see.
+//!
+//! The environment variable `TARN_FAILPOINT` arms some: `NAME[:N][+][=kill|wait|eio|enospc][,…]`. `N` is how often the
+//! place is passed until it happens (1 unless told); it happens once, or with `+` from then on every time. A `*` stands
+//! for any word. `kill` (the default) is SIGKILL. An error before a write means that nothing is written, one at `written`
+//! that the sync fails, one after the sync that it was told to have failed and has not. `wait` connects to the unix socket
+//! `TARN_FAILPOINT_GATE`, writes the place's name and waits until the other side hangs up.
+//!
+//! `TARN_MISTAKE` names a mistake to make ([`mistake`]): whoever looks for lost writes has to find some then.
 //!
 //! `TARN_FAILPOINT_LOG` names a file to which each place that is passed is added, a line each.
 
@@ -33,15 +38,23 @@ pub fn pass(_place: [&str; 3]) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Whether a test asks for this mistake: never, without the feature.
+#[cfg(not(feature = "failpoints"))]
+#[inline(always)]
+pub fn mistake(_name: &str) -> bool {
+    false
+}
+
 #[cfg(feature = "failpoints")]
-pub use armed::{pass, with};
+pub use armed::{mistake, pass, with};
 
 #[cfg(feature = "failpoints")]
 mod armed {
     use std::cell::RefCell;
     use std::env;
     use std::fs::OpenOptions;
-    use std::io::{self, Write};
+    use std::io::{self, Read, Write};
+    use std::os::unix::net::UnixStream;
     use std::rc::Rc;
     use std::str::FromStr;
     use std::sync::OnceLock;
@@ -63,6 +76,7 @@ mod armed {
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     enum Action {
         Kill,
+        Wait,
         Fail(Errno),
     }
 
@@ -73,9 +87,10 @@ mod armed {
             let (place, action) = text.split_once('=').unwrap_or((text, "kill"));
             let action = match action {
                 "kill" => Action::Kill,
+                "wait" => Action::Wait,
                 "eio" => Action::Fail(Errno::IO),
                 "enospc" => Action::Fail(Errno::NOSPC),
-                _ => return Err(format!("{action:?} is none of kill, eio, enospc")),
+                _ => return Err(format!("{action:?} is none of kill, wait, eio, enospc")),
             };
             let (place, onwards) = place.strip_suffix('+').map_or((place, false), |place| (place, true));
             let (name, nth) = place.split_once(':').unwrap_or((place, "1"));
@@ -138,13 +153,37 @@ mod armed {
         match armed.iter().filter_map(|armed| armed.happens(place)).last() {
             None => Ok(()),
             Some(Action::Fail(errno)) => Err(errno.into()),
-            Some(Action::Kill) => {
-                let _ = kill_process(getpid(), Signal::KILL);
-                loop {
-                    std::thread::park();
-                }
+            Some(Action::Kill) => die(),
+            Some(Action::Wait) => {
+                wait(place);
+                Ok(())
             }
         }
+    }
+
+    fn die() -> ! {
+        let _ = kill_process(getpid(), Signal::KILL);
+        loop {
+            std::thread::park();
+        }
+    }
+
+    fn wait(place: [&str; 3]) {
+        let path = env::var_os("TARN_FAILPOINT_GATE").expect("TARN_FAILPOINT_GATE names a socket");
+        let waited = UnixStream::connect(path).and_then(|mut gate| {
+            writeln!(gate, "{}", place.join("."))?;
+            gate.read(&mut [0])
+        });
+        // Nobody is there any more: the test is over.
+        if waited.is_err() {
+            die();
+        }
+    }
+
+    /// Whether a test asks for this mistake.
+    pub fn mistake(name: &str) -> bool {
+        static ASKED: OnceLock<Option<String>> = OnceLock::new();
+        ASKED.get_or_init(|| env::var("TARN_MISTAKE").ok()).as_deref() == Some(name)
     }
 
     fn log(place: [&str; 3]) {

@@ -14,6 +14,7 @@ mod scribe;
 
 use std::collections::VecDeque;
 
+use coordinator::failpoint;
 use coordinator::record::Operation;
 use coordinator::record::witness::{Verdict, Witness};
 use protocol::Error;
@@ -25,6 +26,7 @@ use super::disks::Disks;
 use super::entry::Work;
 use super::lifecycle::{Action, Report, Request};
 use super::nodes::NodeInfo;
+use super::passes;
 use super::pivot::{self, PivotRefused, PivotState, Pivots, Step};
 use super::registry::{Family, Jobs};
 use super::state::{JobStatus, Verb};
@@ -110,14 +112,17 @@ impl Jobs {
             error: None,
         };
         let mut machine = self.pivoting.machine.clone();
-        let steps = machine.begin(operation, jobs.len(), witness.is_some())?;
+        let witnessed = witness.is_some() && !failpoint::mistake("switch-before-witness");
+        let steps = machine.begin(operation, jobs.len(), witnessed)?;
         let scribe = witness.map(|witness| self.scribe(witness, &info)).transpose()?;
+        passes("begin", "before");
         self.pivoting.machine = machine;
         self.events.push(info.event(info.state));
         let askers = vec![(asker, Wish::Pivoted)];
         self.pivoting.current = Some(Current { info, jobs: numbers, scribe, askers });
         self.pivot_steps(steps, disks);
         self.drive_pivot(disks);
+        passes("begin", "done");
         Ok(None)
     }
 
@@ -236,6 +241,7 @@ impl Jobs {
     }
 
     fn witnessed(&mut self, result: Result<(), String>, disks: &dyn Disks) {
+        passes("witnessed", "before");
         let Some(current) = &mut self.pivoting.current else { return };
         let revoking = current.info.witness == WitnessState::Failed;
         current.info.witness = match &result {
@@ -356,6 +362,7 @@ impl Jobs {
     }
 
     fn answer_pivot(&mut self, state: PivotState, disks: &dyn Disks) {
+        passes("answer", "before");
         let Some(current) = &mut self.pivoting.current else { return };
         current.info.state = state;
         let held = current.jobs.iter().filter_map(|(_, disk)| disks.held(*disk)).max();

@@ -15,6 +15,7 @@ use super::entry::{Entry, Maker, Work};
 pub use super::entry::{Estimates, JobInfo};
 use super::lifecycle::{Job, JobKind, JobOptions, JobRefused, Note, Order, Report, Request, Step};
 use super::nodes::{Nodes, is_well_formed};
+use super::passes;
 use super::pivoting::Pivoting;
 use super::state::{JobStatus, Verb};
 use crate::monitor::Event;
@@ -183,6 +184,9 @@ impl Jobs {
         }
         let Some(index) = self.mirror_of(disk) else { return };
         self.entries[index].refresh(disks);
+        if report == Report::Quiesced {
+            passes("quiesced", "before");
+        }
         self.apply(index, disk, report, disks);
         self.drive_pivot(disks);
     }
@@ -344,12 +348,16 @@ impl Jobs {
             match &self.entries[index].work {
                 Work::Create(maker) => maker.stop.store(true, Ordering::Relaxed),
                 Work::Mirror { disk, attached: true, .. } => {
+                    let step = visible(order);
+                    step.inspect(|step| passes(step, "before"));
                     let answer = disks.order(*disk, order);
+                    step.inspect(|step| passes(step, "ordered"));
                     if matches!(order, Order::Switch | Order::Detach) {
                         self.entries[index].leaving = Some(answer);
                     }
                     if wait || order == Order::Switch {
                         self.await_end(number, disks);
+                        step.inspect(|step| passes(step, "done"));
                     }
                 }
                 // It has not come to a mirror.
@@ -409,6 +417,16 @@ impl Jobs {
                 return;
             }
         }
+    }
+}
+
+/// The name, to tests of crashes, of an order that changes which image the guest's next write goes to, or holds it.
+fn visible(order: Order) -> Option<&'static str> {
+    match order {
+        Order::Quiesce => Some("quiesce"),
+        Order::Switch => Some("switch"),
+        Order::Detach => Some("detach"),
+        Order::Pause | Order::Resume | Order::SetSpeed(_) | Order::SetMode(_) => None,
     }
 }
 
