@@ -1,0 +1,51 @@
+//! Clients that know nothing of the operation, or too much.
+
+use std::error::Error;
+use std::time::Duration;
+
+use coordinator::{MonitorSession, journal};
+use serde_json::{Map, Value, json};
+
+use crate::cells::Stranger;
+use crate::process::PATIENCE;
+use crate::setup::Setup;
+
+/// For an answer that may wait for somebody who sleeps.
+const BRIEF: Duration = Duration::from_millis(50);
+
+/// A client does something on the monitor; whether it is refused is the VMM's affair.
+pub(crate) fn interfere(setup: &Setup, stranger: Stranger) -> Result<(), Box<dyn Error>> {
+    let mut session = MonitorSession::connect(&setup.monitor(), PATIENCE)?;
+    let mut ask = |command: &str, arguments: Value| {
+        let arguments: Option<Map<String, Value>> = arguments.as_object().cloned();
+        session.execute(command, arguments.map(|arguments| arguments.into_iter().collect()), BRIEF)
+    };
+    match stranger {
+        Stranger::Cont => drop(ask("cont", Value::Null)),
+        Stranger::Cancel => {
+            let jobs = ask("query-jobs", Value::Null)?;
+            for job in jobs.as_array().into_iter().flatten() {
+                let _ = ask("job-cancel", json!({"id": job["id"]}));
+                let _ = ask("block-job-cancel", json!({"device": job["id"], "force": true}));
+            }
+        }
+        Stranger::Pivot => {
+            let operations = journal::operations(&setup.state())?;
+            let Some(last) = operations.last() else { return Ok(()) };
+            let info = ask("tarn-query-pivot", json!({"op": last.id()}))?;
+            // What was not begun is not a stranger's to begin.
+            if info["state"] == "none" {
+                return Ok(());
+            }
+            let disks = info["disks"].as_array().into_iter().flatten();
+            let jobs: Vec<&Value> = disks.map(|disk| &disk["job"]).collect();
+            let generation = last.operation.generation;
+            for op in [last.id(), uuid::Uuid::from_u128(1)] {
+                let arguments = json!({"op": op, "gen": generation, "epoch": info["epoch"], "jobs": jobs});
+                let _ = ask("tarn-pivot", arguments);
+            }
+        }
+        Stranger::Coordinator | Stranger::Successor => {}
+    }
+    Ok(())
+}
