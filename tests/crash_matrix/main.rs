@@ -25,6 +25,7 @@
 
 mod cells;
 mod guest;
+mod laboratory;
 mod machine;
 mod mistakes;
 mod process;
@@ -35,24 +36,17 @@ mod strangers;
 mod verdict;
 mod vmm;
 
-use std::fs;
-use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
 use coordinator::operation::{self, Liveness, Silent};
 use devices::testing::Random;
-use parking_lot::Mutex;
 
-use cells::{Cell, Place};
+use cells::Cell;
+use laboratory::{Counts, Laboratory};
 use setup::Setup;
-use verdict::Findings;
 
-/// Runs at a time: they wait for syncs more than they compute.
-const AT_A_TIME: usize = 4;
 /// Below this the whole matrix is not what it claims to be.
 const WHOLE: usize = 2000;
 
@@ -82,6 +76,8 @@ enum Role {
         cell: String,
     },
     #[command(hide = true)]
+    Worker,
+    #[command(hide = true)]
     Vmm { setup: String },
     #[command(hide = true)]
     Coordinator { setup: String },
@@ -99,6 +95,7 @@ fn main() -> ExitCode {
     let parse = |text: &str| serde_json::from_str::<Setup>(text).unwrap();
     let done = match role {
         Role::Cell { cell } => return repeat(cell),
+        Role::Worker => laboratory::work().map_err(|error| error.to_string()),
         Role::Vmm { setup } => vmm::run(&parse(setup)).map_err(|error| run::chain(&*error)),
         Role::Coordinator { setup } | Role::Second { setup } => coordinate(&parse(setup)),
         Role::RecoverAlive { setup } => {
@@ -125,92 +122,8 @@ fn recover(setup: &Setup, vm: &Liveness) -> Result<(), String> {
     operation::recover(&setup.state(), vm, &mut Silent).map(drop).map_err(|error| run::chain(&error))
 }
 
-/// Runs, and what they have shown.
-#[derive(Debug, Default)]
-struct Counts {
-    runs: usize,
-    /// Runs in which somebody waited at the gate.
-    reached: usize,
-    lost: usize,
-    wrong: usize,
-    repeated: usize,
-    other: usize,
-}
-
-impl Counts {
-    fn add(&mut self, findings: &Findings) {
-        self.runs += 1;
-        self.reached += usize::from(findings.reached);
-        self.lost += findings.lost.len();
-        self.wrong += findings.wrong.len();
-        self.repeated += usize::from(!findings.repeated.is_empty());
-        self.other += findings.other.len();
-    }
-
-    fn is_clean(&self) -> bool {
-        self.lost + self.wrong + self.repeated + self.other == 0
-    }
-}
-
-/// Where the runs are, and how they are called.
-struct Laboratory {
-    base: PathBuf,
-    number: AtomicUsize,
-}
-
-impl Laboratory {
-    fn new(name: &str) -> Self {
-        let target = std::env::current_exe().unwrap();
-        // target/PROFILE/deps/PROGRAM
-        let base = target.ancestors().nth(3).unwrap().join(name);
-        let _ = fs::remove_dir_all(&base);
-        fs::create_dir_all(&base).unwrap();
-        Self { base, number: AtomicUsize::new(1) }
-    }
-
-    /// Runs a cell; one that is not clean is kept, and told of.
-    fn run(&self, cell: &Cell) -> (Findings, Vec<Place>) {
-        let number = self.number.fetch_add(1, Ordering::Relaxed);
-        let directory = self.base.join(format!("run-{number:05}"));
-        fs::create_dir(&directory).unwrap();
-        let text = serde_json::to_string(cell).unwrap();
-        fs::write(directory.join("cell"), &text).unwrap();
-        let findings = run::run(cell, &directory).unwrap_or_else(|error| {
-            let other = vec![format!("the run cannot be carried out: {}", run::chain(&*error))];
-            Findings { other, ..Findings::default() }
-        });
-        let places = run::places(&directory);
-        if findings.is_clean() || cell.mistake.is_some() {
-            fs::remove_dir_all(&directory).unwrap();
-        } else {
-            fs::write(directory.join("findings"), findings.lines().join("\n")).unwrap();
-            let shown: Vec<_> = findings.lines().into_iter().take(5).collect();
-            eprintln!("{}: {text}\n  {}", directory.display(), shown.join("\n  "));
-        }
-        (findings, places)
-    }
-
-    /// Runs all of them.
-    fn run_all(&self, cells: &[Cell]) -> (Counts, Vec<(Cell, Vec<Place>)>) {
-        let (next, done) = (AtomicUsize::new(0), Mutex::new((Counts::default(), Vec::new())));
-        thread::scope(|scope| {
-            for _ in 0..AT_A_TIME {
-                scope.spawn(|| {
-                    while let Some(cell) = cells.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let (findings, places) = self.run(cell);
-                        let mut done = done.lock();
-                        done.0.add(&findings);
-                        done.1.push((cell.clone(), places));
-                    }
-                });
-            }
-        });
-        done.into_inner()
-    }
-}
-
 fn matrix(args: &Args) -> ExitCode {
-    let (laboratory, began) = (Laboratory::new("crash-matrix"), Instant::now());
+    let (laboratory, began) = (Laboratory::new("crash-matrix").unwrap(), Instant::now());
     let mut random = Random::new(args.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let (quiet, mut passed) = laboratory.run_all(&cells::scenarios(&mut random));
     // Those that came first are not always the same.
@@ -228,12 +141,7 @@ fn matrix(args: &Args) -> ExitCode {
         cells.len(),
         laboratory.base.display()
     );
-    let (mut counts, _) = laboratory.run_all(&cells);
-    counts.runs += quiet.runs;
-    counts.lost += quiet.lost;
-    counts.wrong += quiet.wrong;
-    counts.repeated += quiet.repeated;
-    counts.other += quiet.other;
+    let counts = laboratory.run_all(&cells).0.and(&quiet);
     let Counts { runs, reached, lost, wrong, repeated, other } = counts;
     eprintln!(
         "crash matrix: a place was reached in {reached} runs, {other} other complaints, {} s",
@@ -256,10 +164,9 @@ fn shuffle<T>(list: &mut [T], random: &mut Random) {
 
 fn repeat(cell: &str) -> ExitCode {
     let cell: Cell = serde_json::from_str(cell).unwrap();
-    let (findings, places) = Laboratory::new("crash-matrix-again").run(&cell);
-    for place in places {
-        eprintln!("  {:?} {}:{}", place.role, place.name, place.nth);
+    let (counts, passed) = Laboratory::new("crash-matrix-again").unwrap().run_all(&[cell]);
+    for place in passed.iter().flat_map(|(_, places)| places) {
+        println!("{:?} {}:{}", place.role, place.name, place.nth);
     }
-    println!("{}", findings.lines().join("\n"));
-    if findings.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if counts.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -1,10 +1,10 @@
 //! Mistakes on purpose: a search for lost writes that finds none proves something only if it would find some.
 
+use coordinator::journal::Protocol;
 use serde::{Deserialize, Serialize};
 
-use crate::Laboratory;
 use crate::cells::{Cell, Fault, Who};
-use coordinator::journal::Protocol;
+use crate::laboratory::Laboratory;
 
 /// Runs with each mistake, and with steps of the decision: one in a few of them shows it.
 const RUNS: usize = 24;

@@ -4,20 +4,26 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use block::{Disk, DiskOptions, Format};
+use block::{Disk, DiskOptions, Format, OpenError};
 use coordinator::journal::{self, OperationLog, Protocol, Side, Stage};
 use coordinator::record::{RECORD_MAX, Record as Block};
 use coordinator::resolve::Resolver;
 use coordinator::stamp::{Stamp, StampKind};
+use serde::{Deserialize, Serialize};
 
 use crate::records::{Ledger, Promise, Root, has_strangers};
 use crate::setup::Setup;
 
 type Failure = Box<dyn Error>;
 
+/// For the kernel to give back a lock.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// What a run has shown.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Findings {
     /// Writes that were promised and are not there.
     pub(crate) lost: Vec<String>,
@@ -81,11 +87,15 @@ fn is_witnessed(operation: &OperationLog) -> Result<bool, Failure> {
 
 /// What recovery writes: state directory and stamps, byte by byte.
 pub(crate) fn snapshot(setup: &Setup) -> Result<BTreeMap<PathBuf, Vec<u8>>, Failure> {
+    let mut files = state_of(&setup.state().path())?;
+    files.append(&mut state_of(&setup.images())?);
+    Ok(files)
+}
+
+/// What is in a directory but images, and what belongs to the emulation of a power cut.
+pub(crate) fn state_of(directory: &Path) -> Result<BTreeMap<PathBuf, Vec<u8>>, Failure> {
     let mut files = BTreeMap::new();
-    for directory in [setup.state().path(), setup.images()] {
-        if !directory.exists() {
-            continue;
-        }
+    if directory.exists() {
         for entry in fs::read_dir(directory)? {
             let path = entry?.path();
             let name = path.to_string_lossy().into_owned();
@@ -130,8 +140,7 @@ pub(crate) fn boot(
         }
         findings.wrong.extend(check_roots(index, ledger, side));
         findings.wrong.extend(check_stamp(setup, &resolution.disks, &chosen)?);
-        let opened = Disk::open(DiskOptions { format: Some(Format::Raw), ..DiskOptions::path(&chosen) });
-        if let Err(error) = opened {
+        if let Err(error) = open(&chosen) {
             findings.wrong.push(format!("disk {index} cannot be opened: {error}"));
             continue;
         }
@@ -145,6 +154,18 @@ pub(crate) fn boot(
         }
     }
     Ok(())
+}
+
+/// Opens an image, with its lock. Of a process that was killed with io_uring at work the kernel gives back files and locks
+/// only when what was under way is over, which may be later than the process is gone.
+fn open(image: &Path) -> Result<Disk, OpenError> {
+    let began = Instant::now();
+    loop {
+        match Disk::open(DiskOptions { format: Some(Format::Raw), ..DiskOptions::path(image) }) {
+            Err(OpenError::InUse { .. }) if began.elapsed() < PATIENCE => thread::sleep(Duration::from_millis(2)),
+            opened => return opened,
+        }
+    }
 }
 
 /// A disk works on its source, then perhaps on its target, and never on the one after it has worked on the other.

@@ -42,6 +42,7 @@ impl Runner<'_> {
 
     /// The sources are the disks, as before, and nothing is left of the targets that this operation has made.
     pub(super) fn conclude_source(&mut self) -> Result<(), Halt> {
+        self.tell_undetermined()?;
         self.release()?;
         self.leave_vm()?;
         for index in 0..self.plan().disks.len() {
@@ -165,17 +166,21 @@ impl Runner<'_> {
             let created = created
                 .as_ref()
                 .map_or(disk.target.file.is_none(), |created| created.get(index) == Some(&Value::Bool(true)));
-            let ours = Stamp::read(&state, &disk.target.path);
-            let ours = ours.ok().flatten().is_some_and(|stamp| stamp.operation.id == operation.id);
-            if created && ours {
-                // The image first: one without a stamp could be taken for a disk.
-                let removed = durable::remove_image(&disk.target.path);
-                let gone = removed.is_ok();
-                self.warn(removed);
-                if gone {
-                    let removed = Stamp::remove(&state, &disk.target.path, &operation);
-                    self.warn(removed.map(drop));
+            // The image first: one without a stamp could be taken for a disk.
+            let gone = match Stamp::read(&state, &disk.target.path) {
+                Ok(Some(stamp)) if created && stamp.operation.id == operation.id => {
+                    let removed = durable::remove_image(&disk.target.path);
+                    let gone = removed.is_ok();
+                    self.warn(removed);
+                    gone
                 }
+                // Both are gone, but perhaps not for good.
+                Ok(None) => created && !disk.target.path.exists(),
+                _ => false,
+            };
+            if gone {
+                let removed = Stamp::remove(&state, &disk.target.path, &operation);
+                self.warn(removed.map(drop));
             }
         }
     }

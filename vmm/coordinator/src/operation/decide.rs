@@ -3,7 +3,7 @@
 //! ```text
 //!   A   pivot-intent ─▶ tarn-pivot ─┬─ pivoted ───────────────▶ pivoted
 //!                                   ├─ aborted ───────────────▶ aborted
-//!                                   ├─ undetermined ──────────▶ aborted, then tarn-pivot-abort: the guest goes on
+//!                                   ├─ undetermined ──────────▶ aborted; then tarn-pivot-abort, and the guest goes on
 //!                                   └─ no answer ─────────────▶ nothing: it stays open until somebody can ask
 //!   B   complete-intent ─▶ all jobs complete ─▶ all pending ─▶ commit ─▶ all finalized ─▶ pivoted
 //!                                   └─ one fails ─────────────▶ aborted
@@ -83,9 +83,9 @@ impl Runner<'_> {
                 }
                 "undetermined" => {
                     // Durably here first: from then on no witness counts.
-                    self.append(Stage::Aborted, json!({"reason": why(), "witness": "undetermined"}))?;
-                    self.place("abort", "before")?;
-                    return Ok(self.vm.abort_pivot(&self.operation())?);
+                    return self
+                        .append(Stage::Aborted, json!({"reason": why(), "witness": "undetermined"}))
+                        .map(drop);
                 }
                 "none" | "draining" if !told && (reason.is_some() || now.state == "none") => {
                     told = true;
@@ -101,6 +101,20 @@ impl Runner<'_> {
                 _ => self.vm.await_event(LOOK)?,
             }
         }
+    }
+
+    /// A VM that could not tell holds its guest until it is told. Whoever wrote the decision down may have died before he
+    /// told it.
+    pub(super) fn tell_undetermined(&mut self) -> Result<(), Halt> {
+        if self.plan().protocol == Protocol::B || self.log().entry(Stage::PivotIntent).is_none() {
+            return Ok(());
+        }
+        if self.vm.query_pivot(self.id)?.state == "undetermined" {
+            self.place("abort", "before")?;
+            self.vm.abort_pivot(&self.operation())?;
+            self.place("abort", "done")?;
+        }
+        Ok(())
     }
 
     fn pivoted(&mut self, now: &PivotNow) -> Result<(), Halt> {
