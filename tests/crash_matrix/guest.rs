@@ -2,8 +2,7 @@
 //! promised.
 //!
 //! ```text
-//!   every half millisecond:  used ring ─▶ log: A, F          (what a guest knows)
-//!                            log: S ─▶ available ring ─▶ doorbell
+//!   every half millisecond:  used ring ─▶ log: A, F, and S of what comes next ─▶ available ring ─▶ doorbell
 //! ```
 
 use std::collections::{HashMap, HashSet};
@@ -81,6 +80,14 @@ impl Guest {
     }
 }
 
+/// A request that is about to be made.
+struct Planned {
+    kind: u32,
+    sector: u64,
+    data: Vec<u8>,
+    pending: Pending,
+}
+
 /// A request under way.
 enum Pending {
     Write {
@@ -101,6 +108,7 @@ enum Pending {
 struct Disk {
     number: u64,
     driver: FakeDriver,
+    planned: Vec<Planned>,
     pending: HashMap<u16, Pending>,
     /// Slots in which something is under way.
     busy: HashSet<u64>,
@@ -114,8 +122,8 @@ struct Disk {
 
 impl Disk {
     fn new(number: u64, driver: FakeDriver) -> Self {
-        let (pending, busy, content) = (HashMap::new(), HashSet::new(), HashMap::new());
-        Self { number, driver, pending, busy, writes: 0, acknowledged: 0, content, wanted: None }
+        let (planned, pending, busy, content) = (vec![], HashMap::new(), HashSet::new(), HashMap::new());
+        Self { number, driver, planned, pending, busy, writes: 0, acknowledged: 0, content, wanted: None }
     }
 }
 
@@ -170,15 +178,16 @@ impl Load {
             for used in disk.driver.drain_used(0) {
                 disk.complete(&used, &mut text);
             }
-            while disk.pending.len() < DEPTH
-                && disk.submit(random, on_target.load(Ordering::SeqCst), &mut text)
-            {}
+            let on_target = on_target.load(Ordering::SeqCst);
+            while disk.pending.len() + disk.planned.len() < DEPTH
+                && let Some(planned) = disk.plan(random, on_target, &mut text)
+            {
+                disk.planned.push(planned);
+            }
         }
         // Said before it is done: whatever is found on a disk was announced.
         self.log.write_all(text.as_bytes()).expect("a log");
-        for disk in &mut self.disks {
-            disk.driver.kick(0);
-        }
+        self.disks.iter_mut().for_each(Disk::submit);
     }
 }
 
@@ -231,46 +240,56 @@ impl Disk {
         }
     }
 
-    /// Whether there was anything to submit.
-    fn submit(&mut self, random: &mut Random, on_target: bool, text: &mut String) -> bool {
+    /// What to do next, if anything; writes are announced in `text`.
+    fn plan(&mut self, random: &mut Random, on_target: bool, text: &mut String) -> Option<Planned> {
         let d = self.number;
         let flushing = self.wanted.is_some_and(|(_, flushing)| flushing);
         let dice = random.below(16);
         if flushing || dice == 0 {
-            if self.pending.values().any(|pending| matches!(pending, Pending::Flush { .. })) {
-                return false;
+            let planned = self.planned.iter().map(|planned| &planned.pending);
+            let mut all = self.pending.values().chain(planned);
+            if all.any(|pending| matches!(pending, Pending::Flush { .. })) {
+                return None;
             }
-            let head = self.add(VIRTIO_BLK_T_FLUSH, 0, &[]);
-            self.pending.insert(head, Pending::Flush { acknowledged: self.acknowledged });
-            return true;
+            let pending = Pending::Flush { acknowledged: self.acknowledged };
+            return Some(Planned { kind: VIRTIO_BLK_T_FLUSH, sector: 0, data: vec![], pending });
         }
         let limit = u16::try_from(SECTORS / SLOT).expect("a small disk");
         let slot = u64::from(random.below(limit));
         if !self.busy.insert(slot) {
-            return false;
+            return None;
         }
         let first = random.below(8);
         let sector = slot * SLOT + u64::from(first);
         let count = u64::from(1 + random.below(8 - first));
         if dice < 3 {
-            let length = u32::try_from(count).expect("few") * 512;
-            let head = self.add(VIRTIO_BLK_T_IN, sector, &[Buffer::Writable(length)]);
-            self.pending.insert(head, Pending::Read { sector, count });
-            return true;
+            let pending = Pending::Read { sector, count };
+            return Some(Planned { kind: VIRTIO_BLK_T_IN, sector, data: vec![], pending });
         }
         self.writes += 1;
         let number = self.writes;
         let record = |sector| Record { disk: d, sector, number, on_target }.encode();
-        let data: Vec<u8> = (sector..sector + count).flat_map(record).collect();
+        let data = (sector..sector + count).flat_map(record).collect();
         *text += &format!("S {d} {number} {sector} {count}\n");
-        let head = self.add(VIRTIO_BLK_T_OUT, sector, &[Buffer::Readable(&data)]);
-        self.pending.insert(head, Pending::Write { number, sector, count });
-        true
+        let pending = Pending::Write { number, sector, count };
+        Some(Planned { kind: VIRTIO_BLK_T_OUT, sector, data, pending })
     }
 
-    fn add(&mut self, kind: u32, sector: u64, data: &[Buffer<'_>]) -> u16 {
-        let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
-        let buffers = [&[Buffer::Readable(&header)], data, &[Buffer::Writable(1)]].concat();
-        self.driver.add(0, &buffers)
+    /// What was planned. A disk that is at work takes it at once, doorbell or not.
+    fn submit(&mut self) {
+        for Planned { kind, sector, data, pending } in std::mem::take(&mut self.planned) {
+            let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
+            let (header, status) = (Buffer::Readable(&header), Buffer::Writable(1));
+            let head = match &pending {
+                Pending::Write { .. } => self.driver.add(0, &[header, Buffer::Readable(&data), status]),
+                Pending::Flush { .. } => self.driver.add(0, &[header, status]),
+                Pending::Read { count, .. } => {
+                    let length = u32::try_from(*count).expect("few") * 512;
+                    self.driver.add(0, &[header, Buffer::Writable(length), status])
+                }
+            };
+            self.pending.insert(head, pending);
+        }
+        self.driver.kick(0);
     }
 }

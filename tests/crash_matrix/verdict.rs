@@ -99,7 +99,10 @@ pub(crate) fn state_of(directory: &Path) -> Result<BTreeMap<PathBuf, Vec<u8>>, F
         for entry in fs::read_dir(directory)? {
             let path = entry?.path();
             let name = path.to_string_lossy().into_owned();
-            if !name.contains(".durable") && !name.ends_with(".raw") && path.is_file() {
+            if ![".durable", ".unnamed"].iter().any(|shadow| name.contains(shadow))
+                && !name.ends_with(".raw")
+                && path.is_file()
+            {
                 files.insert(path.clone(), fs::read(path)?);
             }
         }
@@ -162,7 +165,9 @@ fn open(image: &Path) -> Result<Disk, OpenError> {
     let began = Instant::now();
     loop {
         match Disk::open(DiskOptions { format: Some(Format::Raw), ..DiskOptions::path(image) }) {
-            Err(OpenError::InUse { .. }) if began.elapsed() < PATIENCE => thread::sleep(Duration::from_millis(2)),
+            Err(OpenError::Locked { .. }) if began.elapsed() < PATIENCE => {
+                thread::sleep(Duration::from_millis(2));
+            }
             opened => return opened,
         }
     }

@@ -9,7 +9,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::error::Error;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{BufRead, Write, stdin, stdout};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
@@ -44,7 +44,7 @@ pub(crate) fn run(setup: &Setup) -> Result<(), Failure> {
     for index in 0..setup.recipe.disks {
         let path = boot_image(setup, index);
         let (backend, spec) = open(setup, index, &path, &events)?;
-        writeln!(log, "R {index} {}", u8::from(is_target(&path)))?;
+        tell_root(&mut log, index, is_target(&path));
         disks.push(backend);
         specs.push((None, spec));
     }
@@ -205,6 +205,12 @@ impl ControlLoop {
     }
 }
 
+/// In one piece: the guest writes there, too.
+fn tell_root(log: &mut File, index: usize, on_target: bool) {
+    let line = format!("R {index} {}\n", u8::from(on_target));
+    log.write_all(line.as_bytes()).expect("a log");
+}
+
 impl Machine {
     /// Tells log and guest which image each disk works on.
     fn look_at_roots(&mut self) {
@@ -212,7 +218,7 @@ impl Machine {
             let root = self.jobs.nodes.root(index);
             let on_target = root.is_some_and(|root| is_target(Path::new(&root.filename)));
             if self.guest.on_target[index].swap(on_target, Ordering::SeqCst) != on_target {
-                writeln!(self.log, "R {index} {}", u8::from(on_target)).expect("a log");
+                tell_root(&mut self.log, index, on_target);
             }
         }
     }
