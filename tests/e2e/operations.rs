@@ -132,13 +132,19 @@ fn what_cannot_be_done_is_refused(lab: &Lab, current: &[PathBuf; 2]) {
         let error = fails(lab, &["pivot", "ops", &disk], 1);
         assert!(error.contains(why), "{disk}: {error}");
     }
-    let error = fails(lab, &["pivot", "ops", &to("d0", &current[0]), "--reuse"], 1);
-    assert!(error.contains("is the disk's own image"), "{error}");
+    for (image, disk) in current.iter().zip(["d0", "d1"]) {
+        let error = fails(lab, &["pivot", "ops", &to("d0", image), "--reuse"], 1);
+        assert!(error.contains(&format!("is the image of disk '{disk}'")), "{error}");
+    }
     let error = fails(lab, &["pivot", "ops", &to("d0", &short), "--reuse"], 1);
     assert!(error.contains("has 16777216 bytes, and the disk has 33554432"), "{error}");
-    // Locked by the VM: begun, and undone.
-    let error = fails(lab, &["pivot", "ops", &to("d0", &current[1]), "--reuse"], 3);
-    assert!(error.contains("was aborted"), "{error}");
+    // The disk of somebody else: begun, and undone; it is not stamped.
+    let other = lab.image("other.raw", SIZE);
+    let mut owner = boot(lab, "owner", &[&other], &[]);
+    let error = fails(lab, &["pivot", "ops", &to("d0", &other), "--reuse"], 3);
+    assert!(error.contains("was aborted") && error.contains("lock"), "{error}");
+    assert!(!lab.path("other.raw.stamp").exists());
+    owner.power_off();
 }
 
 fn copies_of_a_running_vm(lab: &Lab, vm: &mut Vm<'_>) {

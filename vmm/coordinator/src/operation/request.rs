@@ -8,12 +8,13 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 
 use super::report::Observer;
-use super::steps::Runner;
+use super::steps::{Runner, chain};
 use super::vm::{DiskNow, VmSession};
 use super::{Connection, OperationError};
 use crate::durable;
 use crate::journal::{
-    DiskPlan, ImageId, Journal, OperationKind, OperationLog, Plan, PlanFlags, Protocol, new_operation_id,
+    self, DiskPlan, ImageId, Journal, OperationKind, OperationLog, Plan, PlanFlags, Protocol,
+    new_operation_id,
 };
 use crate::state_dir::StateDir;
 
@@ -156,6 +157,10 @@ pub(super) fn begin<'a>(
     if request.freeze && connection.agent.is_none() {
         return refuse("A guest without an agent cannot be frozen".to_owned());
     }
+    // Looked at again below, when nobody else can begin one: its targets are in the way of everything else.
+    if let Some(open) = journal::operations(state)?.last().filter(|last| last.is_open()) {
+        return refuse(is_open(state, open));
+    }
     let mut vm = VmSession::connect(&connection.monitor)?;
     let now = vm.disks()?;
     let mut disks: Vec<DiskPlan> = Vec::new();
@@ -165,6 +170,10 @@ pub(super) fn begin<'a>(
             return refuse(format!("The VM has no disk '{id}'; it has {}", known.join(", ")));
         };
         let plan = plan(disk, id, target, request).map_err(OperationError::Refused)?;
+        if let Some(user) = now.iter().find(|other| plan.target.is_at(&other.file)) {
+            let target = plan.target.path.display();
+            return refuse(format!("The target {target} is the image of disk '{}'", user.id));
+        }
         if disks.iter().any(|other| other.disk == plan.disk || other.target.path == plan.target.path) {
             return refuse(format!("Disk '{id}' or its target is named twice"));
         }
@@ -172,12 +181,7 @@ pub(super) fn begin<'a>(
     }
     let journal = Journal::open(state)?;
     if let Some(open) = journal.open_operation() {
-        return refuse(format!(
-            "Operation {} of VM {vm} is {}: `tarn op resume {vm}` goes on with it, `tarn recover {vm}` settles it",
-            open.id(),
-            open.stage().name(),
-            vm = state.name()
-        ));
+        return refuse(is_open(state, open));
     }
     let id =
         new_operation_id().map_err(|error| OperationError::Refused(format!("No random numbers: {error}")))?;
@@ -197,6 +201,15 @@ pub(super) fn begin<'a>(
     Ok((runner, plan, request.settings.details()))
 }
 
+fn is_open(state: &StateDir, open: &OperationLog) -> String {
+    format!(
+        "Operation {} of VM {vm} is {}: `tarn op resume {vm}` goes on with it, `tarn recover {vm}` settles it",
+        open.id(),
+        open.stage().name(),
+        vm = state.name()
+    )
+}
+
 fn plan(disk: &DiskNow, id: &str, target: &Path, request: &Request) -> Result<DiskPlan, String> {
     let because = |what: &str, path: &Path| {
         let path = path.display().to_string();
@@ -210,7 +223,7 @@ fn plan(disk: &DiskNow, id: &str, target: &Path, request: &Request) -> Result<Di
     let absolute = std::path::absolute(target).map_err(because("name the target", target))?;
     let parent = absolute.parent().unwrap_or(Path::new("/"));
     if request.kind == OperationKind::Pivot {
-        durable::check_directory(parent, "the target").map_err(|error| error.to_string())?;
+        durable::check_directory(parent, "the target").map_err(|error| chain(&error))?;
     }
     let planned = match fs::metadata(&absolute) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -221,9 +234,6 @@ fn plan(disk: &DiskNow, id: &str, target: &Path, request: &Request) -> Result<Di
         Err(error) => return Err(because("look at the target", &absolute)(error)),
         Ok(metadata) => {
             let image = ImageId::of(&absolute).map_err(because("look at the target", &absolute))?;
-            if image.path == source.path || (image.file.is_some() && image.file == source.file) {
-                return Err(format!("The target {} is the disk's own image", absolute.display()));
-            }
             if !metadata.file_type().is_block_device() && !request.reuse {
                 return Err(format!("The target {} is there already", absolute.display()));
             }

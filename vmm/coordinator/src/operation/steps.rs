@@ -212,6 +212,11 @@ impl<'a> Runner<'a> {
         let mut plan = self.plan();
         let (state, operation) = (self.journal.state_dir().clone(), self.operation());
         let created: Vec<bool> = plan.disks.iter().map(|disk| disk.target.file.is_none()).collect();
+        let now = self.disks_now()?;
+        // An image that is there may be in use, as somebody's disk: the VM finds out before it is stamped.
+        for index in (0..now.len()).filter(|index| !created[*index]) {
+            self.open_target(index, &now[index])?;
+        }
         for (disk, created) in plan.disks.iter_mut().zip(&created) {
             let stamp = Stamp { kind: StampKind::Incomplete, operation, vm: state.name().to_owned() };
             let stamped = stamp.write(&state, &disk.target.path);
