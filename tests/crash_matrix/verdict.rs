@@ -4,10 +4,9 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use block::{Disk, DiskOptions, Format, OpenError};
+use block::{Disk, DiskOptions, Format};
 use coordinator::journal::{self, OperationLog, Protocol, Side, Stage};
 use coordinator::record::{RECORD_MAX, Record as Block};
 use coordinator::resolve::Resolver;
@@ -19,7 +18,7 @@ use crate::setup::Setup;
 
 type Failure = Box<dyn Error>;
 
-/// For the kernel to give back a lock.
+/// For the kernel to give back the lock of a process that is gone.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a run has shown.
@@ -143,7 +142,8 @@ pub(crate) fn boot(
         }
         findings.wrong.extend(check_roots(index, ledger, side));
         findings.wrong.extend(check_stamp(setup, &resolution.disks, &chosen)?);
-        if let Err(error) = open(&chosen) {
+        let options = || DiskOptions { format: Some(Format::Raw), ..DiskOptions::path(&chosen) };
+        if let Err(error) = Disk::open_after_another(options, PATIENCE) {
             findings.wrong.push(format!("disk {index} cannot be opened: {error}"));
             continue;
         }
@@ -157,20 +157,6 @@ pub(crate) fn boot(
         }
     }
     Ok(())
-}
-
-/// Opens an image, with its lock. Of a process that was killed with io_uring at work the kernel gives back files and locks
-/// only when what was under way is over, which may be later than the process is gone.
-fn open(image: &Path) -> Result<Disk, OpenError> {
-    let began = Instant::now();
-    loop {
-        match Disk::open(DiskOptions { format: Some(Format::Raw), ..DiskOptions::path(image) }) {
-            Err(OpenError::Locked { .. }) if began.elapsed() < PATIENCE => {
-                thread::sleep(Duration::from_millis(2));
-            }
-            opened => return opened,
-        }
-    }
 }
 
 /// A disk works on its source, then perhaps on its target, and never on the one after it has worked on the other.

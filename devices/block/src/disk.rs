@@ -8,12 +8,17 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use crate::error::{OpenError, ResizeError};
+use crate::error::{Holder, OpenError, ResizeError};
 use crate::geometry::{self, Geometry};
 use crate::lock::{ImageLock, LockError};
 use crate::options::{Cache, DiskOptions, Source};
 use crate::signature;
+
+/// How often a lock is asked for that somebody holds.
+const BETWEEN_TRIES: Duration = Duration::from_millis(5);
 
 /// An open disk image. Its lock is held, and its file open, for as long as it lives.
 pub struct Disk {
@@ -64,6 +69,29 @@ impl Disk {
             return Err(OpenError::OddSize { image, size, multiple });
         }
         Ok(Self { name: image, geometry, read_only, direct, cache, discard, _lock: lock, file, size })
+    }
+
+    /// [`Self::open`], for who starts where another process may just have been killed. What that had under way in io_uring
+    /// keeps its files open and locked until it is over, and by then the process may be gone: so a lock of which nobody is
+    /// found to be the holder is waited for, up to `patience`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::open`].
+    pub fn open_after_another(
+        options: impl Fn() -> DiskOptions,
+        patience: Duration,
+    ) -> Result<Self, OpenError> {
+        let began = Instant::now();
+        loop {
+            match Self::open(options()) {
+                // Of a lock there is no telling when it goes but to try.
+                Err(OpenError::Locked { holder: Holder::Unknown, .. }) if began.elapsed() < patience => {
+                    thread::sleep(BETWEEN_TRIES);
+                }
+                opened => return opened,
+            }
+        }
     }
 
     /// The path it was opened from, or the name given with its descriptor.

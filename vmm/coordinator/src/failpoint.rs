@@ -16,7 +16,7 @@
 //!           done      (files that are created, replaced, removed) the directory is synced, too
 //! ```
 //!
-//! The VMM has places of its own, `jobs.STEP.POINT`, between steps that somebody else can see.
+//! Between steps that somebody else can see there are `coordinator.STEP.POINT` and, in the VMM, `jobs.STEP.POINT`.
 //!
 //! The environment variable `TARN_FAILPOINT` arms some: `NAME[:N][+][=kill|wait|eio|enospc][,…]`. `N` is how often the
 //! place is passed until it happens (1 unless told); it happens once, or with `+` from then on every time. A `*` stands

@@ -25,6 +25,9 @@ use crate::run_dir::{RunDir, VmPaths};
 use crate::signals::{Signal, Signals};
 use crate::socket::SocketError;
 
+/// For the images of a VMM that was killed, after it is gone.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Why a VM could not run, or could not be ended well.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
@@ -185,8 +188,8 @@ fn describe(cause: ShutdownCause) -> &'static str {
 
 fn open_disks(spec: &VmSpec, events: &Notifier) -> Result<Vec<BlkBackend>, RunError> {
     let open = |disk: &config::DiskSpec| {
-        let image =
-            Disk::open(options(disk)).map_err(|source| RunError::Disk { id: disk.id.clone(), source })?;
+        let image = Disk::open_after_another(|| options(disk), LOCK_PATIENCE)
+            .map_err(|source| RunError::Disk { id: disk.id.clone(), source })?;
         let events = events.clone();
         let engine =
             engine_options(disk).map_err(|source| RunError::Setup { what: "limits and faults", source })?;

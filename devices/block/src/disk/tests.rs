@@ -6,7 +6,6 @@ use std::process::{Command, Output};
 use tempfile::NamedTempFile;
 
 use super::*;
-use crate::error::Holder;
 use crate::options::Format;
 
 fn image(bytes: u64) -> NamedTempFile {
@@ -23,6 +22,18 @@ fn open(path: &Path, adjust: impl FnOnce(&mut DiskOptions)) -> Result<Disk, Open
 
 fn message(result: Result<Disk, OpenError>) -> String {
     result.err().expect("an error").to_string()
+}
+
+#[test]
+fn a_lock_whose_holder_is_known_is_not_waited_for() {
+    let image = image(4096);
+    let first = Disk::open(DiskOptions::path(image.path())).unwrap();
+    let began = Instant::now();
+    let second = Disk::open_after_another(|| DiskOptions::path(image.path()), Duration::from_secs(60));
+    assert!(matches!(second, Err(OpenError::Locked { holder: Holder::Ourselves, .. })));
+    assert!(began.elapsed() < Duration::from_secs(30));
+    drop(first);
+    Disk::open_after_another(|| DiskOptions::path(image.path()), Duration::ZERO).unwrap();
 }
 
 #[test]
