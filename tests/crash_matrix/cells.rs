@@ -59,6 +59,8 @@ pub(crate) enum Who {
     Both,
     /// Both, with what was not synced.
     Power,
+    /// The coordinator; and both with what was not synced when all is settled and the guest has gone on.
+    PowerLater,
 }
 
 /// What goes wrong beside that.
@@ -102,7 +104,19 @@ pub(crate) struct Cell {
     pub(crate) seed: u64,
 }
 
+impl Who {
+    /// Whether the power goes at the end.
+    pub(crate) fn is_power(self) -> bool {
+        matches!(self, Self::Power | Self::PowerLater)
+    }
+}
+
 impl Cell {
+    /// Whether nothing keeps the pivot from its end.
+    pub(crate) fn is_undisturbed(&self) -> bool {
+        self.fault == Fault::None && self.place.is_none()
+    }
+
     /// Without a crash.
     fn quiet(recipe: Recipe, fault: Fault, seed: u64) -> Self {
         Self {
@@ -143,6 +157,8 @@ fn faults_of(protocol: Protocol) -> Vec<Fault> {
     if protocol == Protocol::A {
         faults.push(vmm("witness.pivoted.written=eio"));
         faults.push(vmm("witness.pivoted.written=eio,witness.revoked.written=eio"));
+        // It has lasted, though it was said that it has not.
+        faults.push(vmm("witness.pivoted.synced=eio,witness.revoked.written=eio"));
     }
     faults
 }
@@ -153,7 +169,7 @@ pub(crate) fn all(passed: &[(Cell, Vec<Place>)], random: &mut Random) -> Vec<Cel
     for (quiet, places) in passed {
         let again = |random: &mut Random| (random.below(3) == 0).then(|| 1 + usize::from(random.below(30)));
         for place in places {
-            for who in [Who::Coordinator, Who::Vmm, Who::Both, Who::Power] {
+            for who in [Who::Coordinator, Who::Vmm, Who::Both, Who::Power, Who::PowerLater] {
                 let (place, again, seed) = (Some(place.clone()), again(random), random.bits());
                 cells.push(Cell { place, who, again, seed, ..quiet.clone() });
             }

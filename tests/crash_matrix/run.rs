@@ -46,7 +46,7 @@ pub(crate) fn run(cell: &Cell, directory: &Path) -> Result<Findings, Failure> {
     let setup = Setup {
         recipe: cell.recipe,
         target_fault: if let Fault::Target(fault) = cell.fault { Some(fault) } else { None },
-        power: cell.who == Who::Power,
+        power: cell.who.is_power(),
         seed: cell.seed,
         mistake: cell.mistake,
         directory: directory.to_owned(),
@@ -64,7 +64,12 @@ pub(crate) fn run(cell: &Cell, directory: &Path) -> Result<Findings, Failure> {
     let mut run = Run { cell, setup, vmm, coordinator, is_vmm_dead, findings };
     match gate.await_arrival(&run.coordinator) {
         Ok(Some(waiting)) => run.crash(waiting)?,
-        Ok(None) => run.deaths(None),
+        Ok(None) => {
+            if !run.coordinator.end()? && cell.is_undisturbed() {
+                run.findings.other.push("The pivot did not come to its end".into());
+            }
+            run.deaths(None);
+        }
         Err(error) => run.findings.other.push(format!("The coordinator neither ends nor waits: {error}")),
     }
     run.coordinator.kill();
@@ -151,7 +156,7 @@ impl Run<'_> {
         let was_here = waiting.is_some();
         match self.cell.who {
             Who::Nobody => {}
-            Who::Coordinator => self.coordinator.kill(),
+            Who::Coordinator | Who::PowerLater => self.coordinator.kill(),
             Who::Vmm => self.kill_vmm(),
             Who::Both | Who::Power if self.cell.seed & 2 == 0 => {
                 self.coordinator.kill();
@@ -213,8 +218,13 @@ impl Run<'_> {
         if !self.is_vmm_dead {
             named = self.go_on()?;
             self.kill_vmm();
+            if self.cell.who == Who::PowerLater {
+                self.cut_power();
+                // That it is done may not have been synced by who died: then it is found out again, and the same.
+                Resolver::new().run(&self.setup.state())?;
+            }
         }
-        let promise = if self.cell.who == Who::Power { Promise::Flushed } else { Promise::Acknowledged };
+        let promise = if self.cell.who.is_power() { Promise::Flushed } else { Promise::Acknowledged };
         verdict::boot(&self.setup, named, promise, &mut self.findings)?;
         // What was decided was not only in memory.
         let gone = self.cut_power().into_iter().filter(|file| !self.is_excused(file, named));
