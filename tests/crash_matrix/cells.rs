@@ -4,7 +4,7 @@
 //!   recipes × scenarios ─▶ one run each without a crash, which logs the places it passes
 //!                              │
 //!                              ▼
-//!   places × who dies ∪ places × errors × who dies later ∪ places × interference = all cells
+//!   places × who dies ∪ places × errors, and who dies later ∪ places × interference = all cells
 //! ```
 //!
 //! No place is listed by hand: a step that is new in the coordinator or in the VMM has its cells by itself.
@@ -169,7 +169,10 @@ pub(crate) fn all(passed: &[(Cell, Vec<Place>)], random: &mut Random) -> Vec<Cel
     for (quiet, places) in passed {
         let again = |random: &mut Random| (random.below(3) == 0).then(|| 1 + usize::from(random.below(30)));
         for place in places {
-            for who in [Who::Coordinator, Who::Vmm, Who::Both, Who::Power, Who::PowerLater] {
+            let all = [Who::Coordinator, Who::Vmm, Who::Both, Who::Power, Who::PowerLater];
+            // Every death at every place; with an error on the way one of them, another one with another seed.
+            let one = [random.pick(&all)];
+            for &who in if quiet.fault == Fault::None { &all[..] } else { &one[..] } {
                 let (place, again, seed) = (Some(place.clone()), again(random), random.bits());
                 cells.push(Cell { place, who, again, seed, ..quiet.clone() });
             }

@@ -16,7 +16,7 @@ use crate::run;
 use crate::verdict::Findings;
 
 /// Runs at a time: they wait for syncs more than they compute.
-const AT_A_TIME: usize = 4;
+const AT_A_TIME: usize = 6;
 /// Complaints that are shown of a run.
 const SHOWN: usize = 5;
 
