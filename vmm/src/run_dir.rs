@@ -17,7 +17,6 @@
 
 mod lock;
 
-use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -364,17 +363,7 @@ impl RunningVm {
 
 /// Where the directories of this user's VMs are.
 pub fn base() -> PathBuf {
-    let uid = rustix::process::getuid().as_raw();
-    base_for(|name| std::env::var_os(name).filter(|value| !value.is_empty()), uid)
-}
-
-fn base_for(env: impl Fn(&str) -> Option<OsString>, uid: u32) -> PathBuf {
-    match (env("TARN_RUN_DIR"), uid, env("XDG_RUNTIME_DIR")) {
-        (Some(dir), _, _) => dir.into(),
-        (None, 0, _) => "/run/tarn".into(),
-        (None, _, Some(dir)) => Path::new(&dir).join("tarn"),
-        (None, _, None) => format!("/tmp/tarn-{uid}").into(),
-    }
+    coordinator::run_base()
 }
 
 /// Creates the base directory. Below `/tmp` anybody might have done that before us, or made it a symbolic link.
@@ -536,18 +525,6 @@ mod tests {
         let error = RunDir::create_in(&deep, "vm").unwrap_err().to_string();
         assert!(error.contains("TARN_RUN_DIR"), "{error}");
         assert!(!deep.exists());
-    }
-
-    #[test]
-    fn the_base_follows_the_environment() {
-        let env = |set: &'static [(&str, &str)]| {
-            move |name: &str| set.iter().find(|(n, _)| *n == name).map(|(_, value)| OsString::from(value))
-        };
-        let xdg = env(&[("XDG_RUNTIME_DIR", "/run/user/7")]);
-        assert_eq!(base_for(xdg, 7), Path::new("/run/user/7/tarn"));
-        assert_eq!(base_for(xdg, 0), Path::new("/run/tarn"));
-        assert_eq!(base_for(env(&[]), 7), Path::new("/tmp/tarn-7"));
-        assert_eq!(base_for(env(&[("TARN_RUN_DIR", "/x")]), 0), Path::new("/x"));
     }
 
     #[test]

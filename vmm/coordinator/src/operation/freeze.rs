@@ -16,12 +16,12 @@ const FREEZE_PATIENCE: Duration = Duration::from_secs(90);
 
 /// The session that froze a guest: it stays open as long as the guest is frozen, so that its end is noticed.
 #[derive(Debug)]
-pub(super) struct Freezer {
+pub(crate) struct Freezer {
     session: GuestSession,
 }
 
 impl Freezer {
-    pub(super) fn connect(path: &Path) -> Result<Self, SessionError> {
+    pub(crate) fn connect(path: &Path) -> Result<Self, SessionError> {
         let mut session = GuestSession::connect(path)?;
         session.wait_for_agent(PATIENCE)?;
         Ok(Self { session })
@@ -36,19 +36,19 @@ impl Freezer {
     }
 
     /// Freezes; how many filesystems.
-    pub(super) fn freeze(&mut self, lease: Duration) -> Result<u64, SessionError> {
+    pub(crate) fn freeze(&mut self, lease: Duration) -> Result<u64, SessionError> {
         let lease = json!({"tarn-lease-ms": ms(lease)});
         let frozen = self.ask("guest-fsfreeze-freeze", lease, FREEZE_PATIENCE)?;
         Ok(frozen.as_u64().unwrap_or_default())
     }
 
     /// Thaws, whoever froze.
-    pub(super) fn thaw(&mut self) -> Result<(), SessionError> {
+    pub(crate) fn thaw(&mut self) -> Result<(), SessionError> {
         self.ask("guest-fsfreeze-thaw", Value::Null, PATIENCE).map(drop)
     }
 
     /// What a copy is worth that was made since the freeze: asked before the thaw.
-    pub(super) fn consistency(&mut self) -> Result<Consistency, SessionError> {
+    pub(crate) fn consistency(&mut self) -> Result<Consistency, SessionError> {
         let frozen = self.ask("guest-fsfreeze-status", Value::Null, PATIENCE)? == "frozen";
         if !frozen {
             return Ok(Consistency::Void);

@@ -31,7 +31,7 @@
 
 mod conclude;
 mod decide;
-mod freeze;
+pub(crate) mod freeze;
 mod report;
 mod request;
 mod steps;
@@ -217,7 +217,7 @@ pub fn resolved(resolution: Resolution) -> Recovery {
         !matches!(stage, Stage::Done | Stage::Resolved(_) | Stage::ConfigCommitted | Stage::SourceRetired)
     });
     let mut story = vec![format!(
-        "The VM ended when operation {} was {}; its witness is {}",
+        "The VM ended when operation {} was at {}; its witness is {}",
         operation.id(),
         found.map_or("new", Stage::name),
         resolved.witness.name()

@@ -144,8 +144,12 @@ impl<'a> Runner<'a> {
         settled.map_err(|halt| self.unsettled(halt))?;
         self.finish()?;
         let operation = self.log();
-        let mut story = vec![format!("Operation {} was {}: {}", self.id, found.name(), reason)];
         let moved = operation.progress.decision() == Some(Side::Target);
+        let end = match operation.outcome() {
+            Outcome::Aborted => "nothing was decided, and all is undone",
+            _ => "it was decided, and is finished",
+        };
+        let mut story = vec![format!("Operation {} was left at {}. {reason}: {end}", self.id, found.name())];
         story.extend(operation.plan.disks.iter().map(|disk| {
             let image = if moved { &disk.target } else { &disk.source };
             format!("disk '{}' is {}", disk.disk, image.path.display())

@@ -88,6 +88,14 @@ pub enum ExecError {
     /// The agent could not start it, or cannot be asked.
     #[error(transparent)]
     Session(#[from] SessionError),
+    /// Nothing is started in a frozen guest.
+    #[error("{path} was not started: the guest's filesystems are frozen; `tarn thaw` ends that")]
+    Frozen {
+        /// The program.
+        path: String,
+        /// In the agent's words.
+        source: SessionError,
+    },
     /// The agent that started it is not the one that answers, or has told someone else of its end.
     #[error(
         "{path} was started, but the agent does not know of it any more: the guest or its agent was started again"
@@ -126,7 +134,12 @@ pub fn exec(
     output: &mut dyn FnMut(Output<'_>) -> io::Result<()>,
 ) -> Result<ExecStatus, ExecError> {
     let began = Instant::now();
-    let pid = start(session, request)?;
+    let pid = match start(session, request) {
+        Err(source) if is_disabled(&source) && is_frozen(session, &source) => {
+            return Err(ExecError::Frozen { path: request.path.clone(), source });
+        }
+        pid => pid?,
+    };
     let mut pause = FIRST_PAUSE;
     loop {
         let left = match request.timeout {
@@ -176,9 +189,12 @@ fn start(session: &mut GuestSession, request: &ExecRequest) -> Result<i64, Sessi
 fn poll(session: &mut GuestSession, pid: i64, limit: Duration) -> Result<Option<Value>, SessionError> {
     const COMMAND: &str = "guest-exec-status";
     let arguments = Map::from_iter([("pid".to_owned(), json!(pid))]);
-    let reply = match session.execute(COMMAND, Some(arguments), limit) {
-        // Someone has frozen the filesystems: the answer comes after the thaw.
-        Err(error) if error.refusal().is_some_and(is_frozen) => return Ok(None),
+    let reply = match session.execute(COMMAND, Some(arguments.clone()), limit) {
+        // Someone has frozen the filesystems: the answer comes after the thaw, which may have been just now.
+        Err(error) if is_disabled(&error) => match is_frozen(session, &error) {
+            true => return Ok(None),
+            false => session.execute(COMMAND, Some(arguments), limit)?,
+        },
         // Out of time is for the caller to tell.
         Err(SessionError::Timeout { .. }) => return Ok(None),
         reply => reply?,
@@ -190,8 +206,16 @@ fn poll(session: &mut GuestSession, pid: i64, limit: Duration) -> Result<Option<
     }
 }
 
-fn is_frozen(refusal: &protocol::Error) -> bool {
-    refusal.class == ErrorClass::CommandNotFound && refusal.desc.contains("frozen")
+fn is_disabled(error: &SessionError) -> bool {
+    error.refusal().is_some_and(|refusal| {
+        refusal.class == ErrorClass::CommandNotFound && refusal.desc.contains("disabled")
+    })
+}
+
+/// Whether a freeze is why a command is disabled. qemu-ga says so up to 9.0; after that one has to ask, as with ours.
+fn is_frozen(session: &mut GuestSession, error: &SessionError) -> bool {
+    error.refusal().is_some_and(|refusal| refusal.desc.contains("frozen"))
+        || session.execute("guest-fsfreeze-status", None, START).is_ok_and(|status| status == "frozen")
 }
 
 fn deliver(ended: &Value, output: &mut dyn FnMut(Output<'_>) -> io::Result<()>) -> io::Result<()> {
@@ -300,6 +324,44 @@ mod tests {
             client.send(json!({"return": {"exited": true, "exitcode": 0}}));
         });
         assert_eq!(status.unwrap(), ExecStatus::Exited(0));
+    }
+
+    #[test]
+    fn an_agent_that_does_not_say_why_is_asked_whether_it_is_frozen() {
+        let refuse = |client: &mut Client, command: &str| {
+            client.request(command);
+            let desc = format!("Command {command} has been disabled: the command is not allowed");
+            client.send(json!({"error": {"class": "CommandNotFound", "desc": desc}}));
+            client.request("guest-fsfreeze-status");
+        };
+        let (status, ..) = run(&ExecRequest::shell("x"), move |client| {
+            client.request("guest-exec");
+            client.send(json!({"return": {"pid": 1}}));
+            refuse(client, "guest-exec-status");
+            client.send(json!({"return": "frozen"}));
+            // Thawed between refusal and question.
+            refuse(client, "guest-exec-status");
+            client.send(json!({"return": "thawed"}));
+            client.request("guest-exec-status");
+            client.send(json!({"return": {"exited": true, "exitcode": 0}}));
+        });
+        assert_eq!(status.unwrap(), ExecStatus::Exited(0));
+
+        let (result, ..) = run(&ExecRequest::shell("x"), move |client| {
+            refuse(client, "guest-exec");
+            client.send(json!({"return": "frozen"}));
+        });
+        let error = result.unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "/bin/sh was not started: the guest's filesystems are frozen; `tarn thaw` ends that"
+        );
+
+        let (result, ..) = run(&ExecRequest::shell("x"), move |client| {
+            refuse(client, "guest-exec");
+            client.send(json!({"return": "thawed"}));
+        });
+        assert!(matches!(result.unwrap_err(), ExecError::Session(_)), "blocked by its configuration");
     }
 
     #[test]

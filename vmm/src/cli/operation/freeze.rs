@@ -49,7 +49,8 @@ pub(in super::super) fn freeze(args: &FreezeArgs) -> anyhow::Result<u8> {
         output::print_json(&json!({"filesystems": frozen, "lease-ms": lease}))?;
     } else {
         let name = &args.vm.name;
-        output::print(format!("{frozen} filesystems of {name} are frozen, for {:?} at most\n", args.lease))?;
+        let count = filesystems(&frozen);
+        output::print(format!("{name} is frozen, {count}, for {:?} at most\n", args.lease))?;
     }
     Ok(0)
 }
@@ -63,7 +64,7 @@ pub(in super::super) fn thaw(args: &ThawArgs) -> anyhow::Result<u8> {
     if args.json {
         output::print_json(&json!({"was-frozen": was_frozen, "filesystems": thawed, "report": report}))?;
     } else if was_frozen {
-        output::print(format!("{thawed} filesystems of {} are thawed\n", args.vm.name))?;
+        output::print(format!("{} is thawed, {}\n", args.vm.name, filesystems(&thawed)))?;
     } else {
         output::print(format!("{} was not frozen\n", args.vm.name))?;
     }
@@ -73,4 +74,8 @@ pub(in super::super) fn thaw(args: &ThawArgs) -> anyhow::Result<u8> {
         );
     }
     Ok(0)
+}
+
+fn filesystems(count: &Value) -> String {
+    format!("{count} filesystem{}", if *count == 1 { "" } else { "s" })
 }
