@@ -89,7 +89,7 @@ pub fn a_forced_cancel_when_ready_leaves_what_was_copied(lab: &Lab, machine: &mu
     let (source, target) = (lab.path("forced.raw"), lab.image("forced.to", 16 * MIB));
     machine.io("forced", "w:1:0:4M");
     machine.add("forced-to", &target);
-    machine.mirror_until_ready("forced", "forced-to", &json!({}));
+    machine.mirror_until_ready("forced", "forced-to", &slow(0));
     machine.set_speed(64 * KIB);
     machine.io("forced", "w:2:0:12M");
     machine.cancel(true);

@@ -18,21 +18,26 @@ pub fn a_limit_is_kept_and_nothing_waits_for_it(lab: &Lab, machine: &mut Machine
     machine.add("speed-to", &target);
     machine.mirror("speed", "speed-to", &json!({"speed": 1, "buf-size": MIB}));
     machine.set_speed(MIB);
+    let start = Instant::now();
     assert_eq!(machine.job()["speed"], MIB);
     let text = machine.monitor.refusal("block-job-set-speed", &json!({"device": "m0", "speed": -1}));
     assert_eq!(text, "Parameter 'speed' expects a non-negative value");
     std::thread::sleep(Duration::from_secs(5));
     let copied = machine.job()["offset"].as_u64().unwrap();
-    assert!((3 * MIB..=8 * MIB).contains(&copied), "{copied} bytes in 5 s at 1 MiB/s");
+    let most = (start.elapsed().as_secs() + 3) * MIB;
+    assert!((3 * MIB..=most).contains(&copied), "{copied} bytes in {:?} at 1 MiB/s", start.elapsed());
 
+    // Now whoever waited for a copy would wait for days.
+    machine.set_speed(1);
+    let soon = Duration::from_secs(5);
     let start = Instant::now();
     machine.monitor.run("stop");
-    assert!(start.elapsed() < Duration::from_secs(2), "stop took {:?}", start.elapsed());
+    assert!(start.elapsed() < soon, "stop took {:?}", start.elapsed());
     machine.monitor.run("cont");
     let start = Instant::now();
     machine.cancel(false);
     machine.told("null");
-    assert!(start.elapsed() < Duration::from_secs(1), "cancel took {:?}", start.elapsed());
+    assert!(start.elapsed() < soon, "cancel took {:?}", start.elapsed());
     assert_eq!(machine.file("speed"), source);
     machine.delete("speed-to");
 }
