@@ -98,7 +98,9 @@ pub fn a_forced_cancel_when_ready_leaves_what_was_copied(lab: &Lab, machine: &mu
     let told = machine.told("null");
     assert_eq!(told.names(), ["aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]);
     assert_eq!(machine.file("forced"), source);
-    assert!(difference(&source, &target).is_some(), "it did not wait for the copy");
+    // QEMU (7.2) keeps no limit once a job is ready: it may have been quicker than the cancel.
+    let waited = difference(&source, &target).is_none();
+    assert!(!waited || machine.is_reference(), "it did not wait for the copy");
     machine.io("forced", "r:2:0:12M");
     machine.delete("forced-to");
 }
