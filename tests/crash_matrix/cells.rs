@@ -139,7 +139,8 @@ pub(crate) fn scenarios(random: &mut Random) -> Vec<Cell> {
         for disks in [1, 2] {
             for pause in [false, true] {
                 let write_blocking = random.below(2) == 0;
-                let recipe = Recipe { protocol, disks, pause, write_blocking };
+                let freeze = pause && disks == 1;
+                let recipe = Recipe { protocol, disks, freeze, pause, write_blocking };
                 for fault in faults_of(protocol) {
                     cells.push(Cell::quiet(recipe, fault, random.bits()));
                 }

@@ -43,6 +43,8 @@ pub(crate) struct Guest {
     orders: Sender<Order>,
     /// By disk: the VMM works on the target by now.
     pub(crate) on_target: Arc<[AtomicBool]>,
+    /// Its filesystems are frozen: it writes nothing.
+    pub(crate) frozen: Arc<AtomicBool>,
 }
 
 impl Guest {
@@ -51,9 +53,12 @@ impl Guest {
         let (orders, receiver) = channel();
         let on_target: Arc<[AtomicBool]> = drivers.iter().map(|_| AtomicBool::new(false)).collect();
         let disks = (0..).zip(drivers).map(|(number, driver)| Disk::new(number, driver)).collect();
-        let mut load = Load { disks, log, random: Random::new(seed), on_target: Arc::clone(&on_target) };
+        let frozen = Arc::new(AtomicBool::new(false));
+        let random = Random::new(seed);
+        let shared = (Arc::clone(&on_target), Arc::clone(&frozen));
+        let mut load = Load { disks, log, random, on_target: shared.0, frozen: shared.1 };
         thread::Builder::new().name("guest".into()).spawn(move || load.run(&receiver))?;
-        Ok(Self { orders, on_target })
+        Ok(Self { orders, on_target, frozen })
     }
 
     /// Returns when nothing more is begun.
@@ -132,6 +137,7 @@ struct Load {
     log: File,
     random: Random,
     on_target: Arc<[AtomicBool]>,
+    frozen: Arc<AtomicBool>,
 }
 
 impl Load {
@@ -173,13 +179,15 @@ impl Load {
 
     fn tick(&mut self) {
         let mut text = String::new();
-        let Self { disks, random, on_target, .. } = self;
+        let Self { disks, random, on_target, frozen, .. } = self;
+        let frozen = frozen.load(Ordering::SeqCst);
         for (disk, on_target) in disks.iter_mut().zip(on_target.iter()) {
             for used in disk.driver.drain_used(0) {
                 disk.complete(&used, &mut text);
             }
             let on_target = on_target.load(Ordering::SeqCst);
-            while disk.pending.len() + disk.planned.len() < DEPTH
+            while !frozen
+                && disk.pending.len() + disk.planned.len() < DEPTH
                 && let Some(planned) = disk.plan(random, on_target, &mut text)
             {
                 disk.planned.push(planned);

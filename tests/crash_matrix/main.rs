@@ -4,7 +4,7 @@
 //! ```text
 //!   this program ─ cells, one after the other, a few at a time ─┐
 //!                                                               ▼
-//!      run: ── starts ──▶ itself as `vmm`: real disks, jobs, pivots, monitor; a thread in place of the guest
+//!      run: ── starts ──▶ itself as `vmm`: real disks, jobs, pivots, monitor; threads in place of the guest and its agent
 //!       │   ── starts ──▶ itself as `coordinator`: coordinator::operation::run
 //!       │                        └─ both stop at a failpoint and say so; the run kills whom the cell names
 //!       └─▶ recovery, once more, boot ─▶ Findings
@@ -23,6 +23,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot do what it wants has no better way out")]
 
+mod agent;
 mod cells;
 mod guest;
 mod laboratory;

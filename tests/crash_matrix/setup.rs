@@ -20,6 +20,7 @@ const NAME: &str = "vm";
 pub(crate) struct Recipe {
     pub(crate) protocol: Protocol,
     pub(crate) disks: usize,
+    pub(crate) freeze: bool,
     pub(crate) pause: bool,
     /// Writes of the guest go to both images while they are mirrored.
     pub(crate) write_blocking: bool,
@@ -94,12 +95,16 @@ impl Setup {
         self.sockets.join("monitor")
     }
 
+    pub(crate) fn agent(&self) -> PathBuf {
+        self.sockets.join("agent")
+    }
+
     pub(crate) fn gate(&self) -> PathBuf {
         self.sockets.join("gate")
     }
 
     pub(crate) fn connection(&self) -> Connection {
-        Connection { monitor: self.monitor(), agent: None }
+        Connection { monitor: self.monitor(), agent: Some(self.agent()) }
     }
 
     /// Half of the runs use io_uring, where the host has it.
@@ -108,11 +113,11 @@ impl Setup {
     }
 
     pub(crate) fn request(&self) -> Request {
-        let Recipe { protocol, disks, pause, write_blocking } = self.recipe;
+        let Recipe { protocol, disks, freeze, pause, write_blocking } = self.recipe;
         let copy_mode = if write_blocking { CopyMode::WriteBlocking } else { CopyMode::Background };
         let pairs = (0..disks).map(|disk| (Self::disk(disk), self.target(disk)));
         let settings = Settings { copy_mode, ..Settings::default() };
-        Request { protocol, pause, settings, ..Request::pivot(pairs) }
+        Request { protocol, freeze, pause, settings, ..Request::pivot(pairs) }
     }
 }
 

@@ -13,6 +13,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, Write, stdin, stdout};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -29,6 +30,7 @@ use vmm::monitor::{Monitor, SessionId, pivot_info};
 use vmm::pauses::Pauses;
 use vmm::run_state::RunState;
 
+use crate::agent;
 use crate::guest::Guest;
 use crate::machine::Machine;
 use crate::setup::{Setup, is_target};
@@ -54,6 +56,7 @@ pub(crate) fn run(setup: &Setup) -> Result<(), Failure> {
         driver.start(u64::MAX);
     }
     let guest = Guest::start(drivers, log.try_clone()?, setup.seed)?;
+    agent::start(setup, Arc::clone(&guest.frozen))?;
     let bursts = guest.bursts();
     // So that there is something to copy.
     bursts(40);
