@@ -14,17 +14,28 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// For a guest to write out what it has before it is frozen.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(90);
 
-/// The session that froze a guest: it stays open as long as the guest is frozen, so that its end is noticed.
+/// The session that froze a guest: it stays open as long as the guest is frozen, so that its end is noticed. Whatever
+/// becomes of the operation, the guest is thawed when this goes, or by its lease.
 #[derive(Debug)]
 pub(crate) struct Freezer {
     session: GuestSession,
+    /// By this session, perhaps.
+    frozen: bool,
+}
+
+impl Drop for Freezer {
+    fn drop(&mut self) {
+        if self.frozen {
+            let _ = self.thaw();
+        }
+    }
 }
 
 impl Freezer {
     pub(crate) fn connect(path: &Path) -> Result<Self, SessionError> {
         let mut session = GuestSession::connect(path)?;
         session.wait_for_agent(PATIENCE)?;
-        Ok(Self { session })
+        Ok(Self { session, frozen: false })
     }
 
     fn ask(&mut self, command: &str, arguments: Value, limit: Duration) -> Result<Value, SessionError> {
@@ -38,13 +49,16 @@ impl Freezer {
     /// Freezes; how many filesystems.
     pub(crate) fn freeze(&mut self, lease: Duration) -> Result<u64, SessionError> {
         let lease = json!({"tarn-lease-ms": ms(lease)});
+        self.frozen = true;
         let frozen = self.ask("guest-fsfreeze-freeze", lease, FREEZE_PATIENCE)?;
         Ok(frozen.as_u64().unwrap_or_default())
     }
 
     /// Thaws, whoever froze.
     pub(crate) fn thaw(&mut self) -> Result<(), SessionError> {
-        self.ask("guest-fsfreeze-thaw", Value::Null, PATIENCE).map(drop)
+        self.ask("guest-fsfreeze-thaw", Value::Null, PATIENCE)?;
+        self.frozen = false;
+        Ok(())
     }
 
     /// What a copy is worth that was made since the freeze: asked before the thaw.
