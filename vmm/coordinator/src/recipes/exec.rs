@@ -212,10 +212,19 @@ fn is_disabled(error: &SessionError) -> bool {
     })
 }
 
-/// Whether a freeze is why a command is disabled. qemu-ga says so up to 9.0; after that one has to ask, as with ours.
+/// Whether a freeze is why a command is disabled. qemu-ga says so up to 9.0; after that one has to ask. Tarn's agent is not
+/// asked by guest-fsfreeze-status, which would renew a lease that is not ours.
 fn is_frozen(session: &mut GuestSession, error: &SessionError) -> bool {
-    error.refusal().is_some_and(|refusal| refusal.desc.contains("frozen"))
-        || session.execute("guest-fsfreeze-status", None, START).is_ok_and(|status| status == "frozen")
+    if error.refusal().is_some_and(|refusal| refusal.desc.contains("frozen")) {
+        return true;
+    }
+    match session.execute("tarn-fsfreeze-report", None, START) {
+        Ok(report) => report["state"] != "thawed",
+        Err(SessionError::Refused { .. }) => {
+            session.execute("guest-fsfreeze-status", None, START).is_ok_and(|status| status == "frozen")
+        }
+        Err(_) => false,
+    }
 }
 
 fn deliver(ended: &Value, output: &mut dyn FnMut(Output<'_>) -> io::Result<()>) -> io::Result<()> {
@@ -332,16 +341,16 @@ mod tests {
             client.request(command);
             let desc = format!("Command {command} has been disabled: the command is not allowed");
             client.send(json!({"error": {"class": "CommandNotFound", "desc": desc}}));
-            client.request("guest-fsfreeze-status");
+            client.request("tarn-fsfreeze-report");
         };
         let (status, ..) = run(&ExecRequest::shell("x"), move |client| {
             client.request("guest-exec");
             client.send(json!({"return": {"pid": 1}}));
             refuse(client, "guest-exec-status");
-            client.send(json!({"return": "frozen"}));
+            client.send(json!({"return": {"state": "frozen"}}));
             // Thawed between refusal and question.
             refuse(client, "guest-exec-status");
-            client.send(json!({"return": "thawed"}));
+            client.send(json!({"return": {"state": "thawed"}}));
             client.request("guest-exec-status");
             client.send(json!({"return": {"exited": true, "exitcode": 0}}));
         });
@@ -349,6 +358,10 @@ mod tests {
 
         let (result, ..) = run(&ExecRequest::shell("x"), move |client| {
             refuse(client, "guest-exec");
+            // qemu-ga has no such report, and no lease either.
+            let desc = "The command tarn-fsfreeze-report has not been found";
+            client.send(json!({"error": {"class": "CommandNotFound", "desc": desc}}));
+            client.request("guest-fsfreeze-status");
             client.send(json!({"return": "frozen"}));
         });
         let error = result.unwrap_err().to_string();
@@ -359,7 +372,7 @@ mod tests {
 
         let (result, ..) = run(&ExecRequest::shell("x"), move |client| {
             refuse(client, "guest-exec");
-            client.send(json!({"return": "thawed"}));
+            client.send(json!({"return": {"state": "thawed"}}));
         });
         assert!(matches!(result.unwrap_err(), ExecError::Session(_)), "blocked by its configuration");
     }

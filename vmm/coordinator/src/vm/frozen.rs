@@ -39,7 +39,7 @@ impl Frozen {
     }
 
     /// What a copy is worth that was made since the freeze, as of now: [`Consistency::Void`] when the guest has thawed in
-    /// the meantime.
+    /// the meantime. To ask is a sign of life: the lease begins anew.
     ///
     /// # Errors
     /// The agent cannot be asked.
