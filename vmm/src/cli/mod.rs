@@ -40,7 +40,8 @@ Exit status:
   0      success
   1      tarn failed; one line on standard error says why
   2      the command line is wrong
-  3, 4   an operation on disks was aborted; is not settled (tarn pivot, mirror, backup, op, recover)
+  3      an operation on disks was aborted, and all is as before (pivot, mirror, backup, op)
+  4      it is not settled: `tarn recover` finds out what became of it, and settles it
   70     the guest panicked (tarn run; see --on-guest-panic)
   other  that of the command in the guest (exec, run --exec; 128+N after signal N), or of --on-guest-…
 

@@ -54,7 +54,7 @@ const UNSETTLED: u8 = 4;
 /// Which VM, and how its user wants to hear of it.
 #[derive(Debug, Args)]
 struct Target {
-    /// The VM, as `tarn ps` names it
+    /// The VM, as `tarn run --name` names it
     #[arg(value_name = "NAME", add = ArgValueCompleter::new(candidates))]
     name: String,
     /// QMP socket of a VM that another program runs, such as QEMU; NAME is then free to choose
@@ -89,7 +89,8 @@ impl Target {
 /// Disks and targets, and who decides.
 #[derive(Debug, Args)]
 struct Disks {
-    /// Disk, by its id, and the image to copy it to; several are one operation
+    /// Disk, by its id (disk0, disk1… if `tarn run` was not told another), and the image to copy it to; several are one
+    /// operation
     #[arg(value_name = "DISK=TARGET", required = true, value_parser = disk)]
     disks: Vec<(String, PathBuf)>,
     /// Freeze the guest's filesystems for it
@@ -119,7 +120,7 @@ fn disk(text: &str) -> Result<(String, PathBuf), String> {
         Some((disk, target)) if !disk.is_empty() && !target.is_empty() => {
             Ok((disk.to_owned(), target.into()))
         }
-        _ => Err("expected DISK=TARGET, as in vda=/images/new.raw".to_owned()),
+        _ => Err("expected DISK=TARGET, as in disk0=/images/new.raw".to_owned()),
     }
 }
 

@@ -9,7 +9,9 @@ use super::{Disks, Target, carry_out};
 ///
 /// The copies are of one moment, at the beginning: the guest goes on at once, and what it overwrites is copied before.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  tarn backup web vda=/backups/vda.raw vdb=/backups/vdb.raw --freeze")]
+#[command(
+    after_help = "Example:\n  tarn backup web disk0=/backups/root.raw disk1=/backups/data.raw --freeze"
+)]
 pub(in super::super) struct BackupArgs {
     #[command(flatten)]
     target: Target,

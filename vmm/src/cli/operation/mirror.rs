@@ -10,7 +10,7 @@ use super::{Disks, Target, carry_out};
 ///
 /// With several disks, `--pause` or `--freeze` makes the copies those of one moment.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  tarn mirror web vda=/copies/vda.raw --freeze")]
+#[command(after_help = "Example:\n  tarn mirror web disk0=/copies/root.raw --freeze")]
 pub(in super::super) struct MirrorArgs {
     #[command(flatten)]
     target: Target,

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use coordinator::StateDir;
 use coordinator::journal::{self, OperationLog};
-use coordinator::operation;
+use coordinator::operation::{self, Connection};
 use uuid::Uuid;
 
 use super::super::output;
@@ -54,17 +54,25 @@ pub(in super::super) fn run(args: &OpArgs) -> anyhow::Result<u8> {
         OpVerb::List { name, json } => list(name.as_deref(), *json),
         OpVerb::Show { name, id, json } => show(name, *id, *json),
         OpVerb::Resume(target) => {
-            let (state, vm) = (target.state()?, target.connection()?);
+            let (state, vm) = (target.state()?, running(target)?);
             finish(target, operation::resume(&state, &vm, &mut target.observer()))
         }
         OpVerb::Abort(target) => {
-            let (state, vm) = (target.state()?, target.connection()?);
+            let (state, vm) = (target.state()?, running(target)?);
             match operation::abort(&state, &vm, &mut target.observer()) {
                 Ok(recovery) => tell_recovery(target, &recovery),
                 Err(error) => fail(target, error),
             }
         }
     }
+}
+
+/// Without a VM there is nothing to go on with or to take back, only something to settle.
+fn running(target: &Target) -> anyhow::Result<Connection> {
+    let name = &target.name;
+    target
+        .connection()
+        .with_context(|| format!("What VM {name} has left is for `tarn recover {name}` to settle"))
 }
 
 fn list(name: Option<&str>, json: bool) -> anyhow::Result<u8> {
@@ -108,7 +116,10 @@ fn show(name: &str, id: Option<Uuid>, json: bool) -> anyhow::Result<u8> {
     let operations = journal::operations(&StateDir::of(name)?)?;
     let found = operations.iter().rev().find(|operation| id.is_none_or(|id| operation.id() == id));
     let Some(operation) = found else {
-        bail!("VM {name} has no such operation (`tarn op list` lists them)");
+        match id {
+            Some(id) => bail!("VM {name} has had no operation {id} (`tarn op list {name}` lists them)"),
+            None => bail!("VM {name} has had no operation (`tarn op list` lists those of all VMs)"),
+        }
     };
     if json {
         output::print_json(&operation.to_json(true))?;

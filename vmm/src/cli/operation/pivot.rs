@@ -16,8 +16,8 @@ use super::{Disks, Target, carry_out, duration, protocol};
 ///
 /// Exit status: 0 done, 1 refused before anything changed, 3 aborted and everything as before, 4 not settled.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  tarn pivot web vda=/fast/vda.raw\n  \
-    tarn pivot web vda=/fast/vda.raw vdb=/fast/vdb.raw --freeze --max-hold 50ms")]
+#[command(after_help = "Examples:\n  tarn pivot web disk0=/fast/root.raw\n  \
+    tarn pivot web disk0=/fast/root.raw disk1=/fast/data.raw --freeze --max-hold 50ms")]
 pub(in super::super) struct PivotArgs {
     #[command(flatten)]
     target: Target,
