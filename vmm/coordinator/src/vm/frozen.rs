@@ -15,22 +15,16 @@ use crate::operation::freeze::Freezer;
 #[derive(Debug)]
 #[must_use = "the guest is thawed when this is dropped"]
 pub struct Frozen {
+    /// Thaws when it goes.
     freezer: Freezer,
     filesystems: u64,
-    is_over: bool,
 }
 
 impl Frozen {
     pub(super) fn freeze(socket: &Path, lease: Duration) -> Result<Self, SessionError> {
         let mut freezer = Freezer::connect(socket)?;
-        match freezer.freeze(lease) {
-            Ok(filesystems) => Ok(Self { freezer, filesystems, is_over: false }),
-            Err(error) => {
-                // A freeze that was not answered may have happened.
-                let _ = freezer.thaw();
-                Err(error)
-            }
-        }
+        let filesystems = freezer.freeze(lease)?;
+        Ok(Self { freezer, filesystems })
     }
 
     /// How many filesystems were frozen.
@@ -53,17 +47,7 @@ impl Frozen {
     /// The agent cannot be asked: then nobody knows whether the guest stayed frozen, and the copy is void.
     pub fn thaw(mut self) -> Result<Consistency, VmError> {
         let worth = self.freezer.consistency();
-        self.is_over = true;
         self.freezer.thaw()?;
         Ok(worth?)
-    }
-}
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        if !self.is_over {
-            // Nobody to tell; where it is in vain, the lease thaws.
-            let _ = self.freezer.thaw();
-        }
     }
 }
