@@ -15,6 +15,9 @@ pub const LIMIT: Duration = Duration::from_secs(120);
 /// Debian's usual guest memory would do as well; this is what others publish figures for.
 pub const MEMORY_MIB: u64 = 128;
 
+/// The VM's, where VMs have names.
+pub const NAME: &str = "bench";
+
 /// A VMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Vmm {
@@ -26,7 +29,7 @@ pub enum Vmm {
 #[derive(Debug, Clone)]
 pub struct DiskImage {
     pub path: PathBuf,
-    /// What the guest knows it by.
+    /// What the guest knows it by; the VMM, too.
     pub serial: &'static str,
     /// Past the host's page cache.
     pub direct: bool,
@@ -42,6 +45,8 @@ pub struct Guest {
     pub memory_mib: u64,
     /// The VMM's standard output is COM1; else it is the virtio console.
     pub serial: bool,
+    /// QEMU has a monitor; Tarn always has.
+    pub monitor: bool,
     pub disks: Vec<DiskImage>,
 }
 
@@ -60,6 +65,7 @@ pub struct Host<'a> {
 pub struct Running {
     pub started: Instant,
     pub agent_socket: PathBuf,
+    pub monitor_socket: PathBuf,
     child: Child,
     output: PipeReader,
     log: PathBuf,
@@ -68,11 +74,13 @@ pub struct Running {
 impl Host<'_> {
     /// Starts `guest` on `vmm`.
     pub fn start(&self, vmm: Vmm, guest: &Guest) -> Running {
-        let (mut command, agent_socket) = match vmm {
+        let (mut command, agent_socket, monitor_socket) = match vmm {
             Vmm::Tarn => self.tarn(guest),
             Vmm::Qemu => self.qemu(guest),
         };
-        let _ = fs::remove_file(&agent_socket);
+        for socket in [&agent_socket, &monitor_socket] {
+            let _ = fs::remove_file(socket);
+        }
         let log = self.dir.join("log");
         let (output, stdout) = std::io::pipe().unwrap();
         command.stdin(Stdio::null()).stdout(stdout).stderr(File::create(&log).unwrap());
@@ -80,15 +88,22 @@ impl Host<'_> {
         let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         // Closes our copy of the pipe's other end.
         drop(command);
-        Running { started, agent_socket, child, output, log }
+        Running { started, agent_socket, monitor_socket, child, output, log }
     }
 
-    fn tarn(&self, guest: &Guest) -> (Command, PathBuf) {
-        let name = "bench";
-        let run = self.dir.join("run");
-        let _ = fs::remove_dir_all(&run);
+    /// The program that is measured, with directories of its own.
+    pub fn command(&self) -> Command {
         let mut command = Command::new(self.tarn);
-        command.env("TARN_RUN_DIR", &run).args(["run", "--name", name, "--cpus", "1", "--memory"]);
+        command.env("TARN_RUN_DIR", self.dir.join("run")).env("TARN_STATE_DIR", self.dir.join("state"));
+        command
+    }
+
+    fn tarn(&self, guest: &Guest) -> (Command, PathBuf, PathBuf) {
+        for dir in ["run", "state"] {
+            let _ = fs::remove_dir_all(self.dir.join(dir));
+        }
+        let mut command = self.command();
+        command.args(["run", "--name", NAME, "--cpus", "1", "--memory"]);
         command.arg(format!("{}M", guest.memory_mib)).arg("--kernel").arg(&guest.kernel);
         if let Some(initrd) = &guest.initrd {
             command.arg("--initrd").arg(initrd);
@@ -100,7 +115,8 @@ impl Host<'_> {
             if guest.serial { "serial" } else { "hvc0" },
         ]);
         for disk in &guest.disks {
-            let mut text = format!("{},format=raw,serial={}", disk.path.display(), disk.serial);
+            let mut text =
+                format!("{},format=raw,id={},serial={}", disk.path.display(), disk.serial, disk.serial);
             if disk.direct {
                 text.push_str(",direct");
             }
@@ -112,13 +128,15 @@ impl Host<'_> {
         if self.native {
             command.arg("--software-kvm");
         }
-        (command, run.join(name).join("agent.sock"))
+        let run = self.dir.join("run").join(NAME);
+        (command, run.join("agent.sock"), run.join("monitor.sock"))
     }
 
     /// The machine that Tarn's is most like: virtio-mmio, one serial port, no firmware but qboot, no PIT, PIC or RTC;
     /// console, agent port and entropy as virtio devices; disks with io_uring in a thread of their own.
-    fn qemu(&self, guest: &Guest) -> (Command, PathBuf) {
+    fn qemu(&self, guest: &Guest) -> (Command, PathBuf, PathBuf) {
         let agent_socket = self.dir.join("qemu-agent.sock");
+        let monitor_socket = self.dir.join("qemu-monitor.sock");
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "kvm", "-smp", "1"]);
         command.args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on,acpi=on"]);
@@ -151,9 +169,12 @@ impl Host<'_> {
                 disk.path.display()
             ));
             command.arg("-device");
-            command.arg(format!("virtio-blk-device,drive={id},serial={id},iothread=thread-{id}"));
+            command.arg(format!("virtio-blk-device,id={id},drive={id},serial={id},iothread=thread-{id}"));
         }
-        (command, agent_socket)
+        if guest.monitor {
+            command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor_socket.display()));
+        }
+        (command, agent_socket, monitor_socket)
     }
 }
 

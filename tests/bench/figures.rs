@@ -11,6 +11,8 @@ pub enum Side {
     Qemu,
     /// QEMU, with Debian's qemu-ga in the guest.
     QemuGa,
+    /// The machine itself, without a VM: cp, fsync.
+    Host,
 }
 
 /// What is good.
@@ -27,7 +29,7 @@ struct Figure {
     unit: &'static str,
     better: Better,
     /// By [`Side`].
-    samples: [Vec<f64>; 3],
+    samples: [Vec<f64>; 4],
 }
 
 /// All figures, in the order they were first added to.
@@ -118,13 +120,16 @@ impl Figures {
                 "QEMU + qemu-ga",
                 "(min–max)",
                 "ratio",
+                "host alone",
+                "(min–max)",
+                "ratio",
             ]
             .map(str::to_owned)
             .to_vec(),
         ];
         for figure in &self.figures {
             let mut row = vec![figure.name.clone(), figure.unit.to_owned()];
-            for side in [Side::Tarn, Side::Qemu, Side::QemuGa] {
+            for side in [Side::Tarn, Side::Qemu, Side::QemuGa, Side::Host] {
                 match figure.summary(side) {
                     Some(Summary { median, min, max }) => {
                         row.extend([number(median), format!("({}–{})", number(min), number(max))]);
@@ -164,7 +169,9 @@ impl Figures {
                 "unit": figure.unit,
                 "better": if figure.better == Better::Lower { "lower" } else { "higher" },
             });
-            for (side, name) in [(Side::Tarn, "tarn"), (Side::Qemu, "qemu"), (Side::QemuGa, "qemu-ga")] {
+            let sides =
+                [(Side::Tarn, "tarn"), (Side::Qemu, "qemu"), (Side::QemuGa, "qemu-ga"), (Side::Host, "host")];
+            for (side, name) in sides {
                 if let Some(summary) = figure.summary(side) {
                     object[name] = summary.json(&figure.samples[side as usize]);
                     if side != Side::Tarn {

@@ -7,7 +7,11 @@
 //!                                                   ├─ agent:  boot, ping        ── agent.sock or virtserialport
 //!                                                   ├─ freeze: both agents       ── calls, and what they take in the guest
 //!                                                   ├─ memory: smaps less RAM    ── payload and booted guest
-//!                                                   └─ disk:   fio in the guest  ── two images, cached and direct
+//!                                                   ├─ disk:   fio in the guest  ── two images, cached and direct
+//!                                                   ├─ mirror: throughput        ── drive-mirror, and cp on the host
+//!                                                   ├─ latency: 4k writes        ── disk-io in the guest: no, background, write-blocking mirror
+//!                                                   ├─ pivot:  guest I/O held    ── disk-io in the guest: longest time between completions
+//!                                                   └─ operation: timeline       ── `tarn pivot`, protocols A and B
 //!                                                        │
 //!                                          Figures ──────┴─▶ table on stdout, figures.json
 //! ```
@@ -28,6 +32,10 @@ mod figures;
 mod fio;
 mod freeze;
 mod memory;
+mod mirror;
+mod monitor;
+mod pivot;
+mod probe;
 mod rounds;
 
 use std::fs;
@@ -52,6 +60,14 @@ enum Group {
     Freeze,
     /// Disk I/O.
     Disk,
+    /// Live mirror: throughput, beside cp.
+    Mirror,
+    /// What a live mirror costs a guest that writes.
+    Latency,
+    /// For how long a pivot holds the guest's I/O.
+    Pivot,
+    /// `tarn pivot`: its timeline.
+    Operation,
 }
 
 /// Measure Tarn beside QEMU's microvm machine.
@@ -61,7 +77,7 @@ struct Args {
     /// One short round: shows that everything works
     #[arg(long)]
     quick: bool,
-    /// Rounds that count, behind one that does not [default: 10 for payload and kernel, 5 for agent, 3 for freeze and disk]
+    /// Rounds that count, behind one that does not [default: 10 for payload and kernel, 5 for agent, 3 for the others]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     rounds: Option<u32>,
     /// Measure this only; may be repeated
@@ -83,6 +99,9 @@ struct Args {
     /// A disk image with fio on it
     #[arg(long, hide = true)]
     tools: Option<PathBuf>,
+    /// An initramfs to be appended: disk-io
+    #[arg(long, hide = true)]
+    disk_io: Option<PathBuf>,
     /// Where the JSON goes
     #[arg(long, hide = true)]
     output: PathBuf,
@@ -122,6 +141,18 @@ fn main() -> ExitCode {
     }
     if args.measures(Group::Disk) {
         figures.append(rounds.disk(args.rounds(3)));
+    }
+    if args.measures(Group::Mirror) {
+        figures.append(rounds.mirror(args.rounds(3)));
+    }
+    if args.measures(Group::Latency) {
+        figures.append(rounds.latency(args.rounds(3)));
+    }
+    if args.measures(Group::Pivot) {
+        figures.append(rounds.pivot(args.rounds(3)));
+    }
+    if args.measures(Group::Operation) {
+        figures.append(rounds.operation(args.rounds(3)));
     }
     drop(rounds);
     let facts = facts::gather(&args);

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::payload::{Then, pvh_elf};
 use crate::{Args, fio, freeze, memory};
 
 /// What `tarn run` says by itself to a kernel without a serial port.
-const CMDLINE: &str = "console=hvc0 8250.nr_uarts=0 quiet loglevel=3 reboot=k panic=-1 pci=off i8042.noaux i8042.nomux \
+pub const CMDLINE: &str = "console=hvc0 8250.nr_uarts=0 quiet loglevel=3 reboot=k panic=-1 pci=off i8042.noaux i8042.nomux \
                        i8042.nopnp i8042.dumbkbd cryptomgr.notests random.trust_cpu=on tsc=reliable no_timer_check";
 const EARLY_CMDLINE: &str = "earlyprintk=serial,ttyS0,115200 console=ttyS0 panic=-1 pci=off";
 const PINGS: u32 = 1000;
@@ -28,8 +28,8 @@ const DISK_SIZE: u64 = 256 << 20;
 
 /// Everything for the measurements; its directory goes with it.
 pub struct Rounds<'a> {
-    args: &'a Args,
-    dir: PathBuf,
+    pub args: &'a Args,
+    pub dir: PathBuf,
 }
 
 impl<'a> Rounds<'a> {
@@ -39,22 +39,23 @@ impl<'a> Rounds<'a> {
         Self { args, dir }
     }
 
-    fn host(&self) -> Host<'_> {
+    pub fn host(&self) -> Host<'_> {
         Host { tarn: &self.args.tarn, native: self.args.native, dir: &self.dir }
     }
 
-    fn booting(&self, initrd: PathBuf, cmdline: &str) -> Guest {
+    pub fn booting(&self, initrd: PathBuf, cmdline: &str) -> Guest {
         Guest {
             kernel: self.args.image.join("vmlinux"),
             initrd: Some(initrd),
             cmdline: cmdline.into(),
             memory_mib: MEMORY_MIB,
             serial: false,
+            monitor: false,
             disks: vec![],
         }
     }
 
-    fn initrd(&self) -> PathBuf {
+    pub fn initrd(&self) -> PathBuf {
         let names = ["initramfs.cpio.zst", "initramfs.cpio.gz"];
         names.map(|name| self.args.image.join(name)).into_iter().find(|path| path.exists()).unwrap()
     }
@@ -69,6 +70,7 @@ impl<'a> Rounds<'a> {
             cmdline: String::new(),
             memory_mib: MEMORY_MIB,
             serial: true,
+            monitor: false,
             disks: vec![],
         };
         each_round("payload", rounds, &[Side::Tarn, Side::Qemu], |side, figures| {
@@ -116,12 +118,18 @@ impl<'a> Rounds<'a> {
     /// The same guest with Debian's agent in it.
     fn booting_qemu_ga(&self, cmdline: &str) -> Option<Guest> {
         let overlay = self.args.qemu_ga.as_ref()?;
-        let both = self.dir.join("qemu-ga.cpio");
+        let both = self.initrd_with(overlay);
+        Some(self.booting(both, &format!("{cmdline} tarn.agent=/usr/sbin/qemu-ga,-t,/run")))
+    }
+
+    /// The guest image's initramfs with another one behind it.
+    pub fn initrd_with(&self, overlay: &Path) -> PathBuf {
+        let both = self.dir.join(overlay.file_name().unwrap());
         let mut file = File::create(&both).unwrap();
         for part in [&self.initrd(), overlay] {
             io::copy(&mut File::open(part).unwrap(), &mut file).unwrap();
         }
-        Some(self.booting(both, &format!("{cmdline} tarn.agent=/usr/sbin/qemu-ga,-t,/run")))
+        both
     }
 
     /// Two filesystems frozen and thawed by either agent, and what the agents themselves take in the guest.
@@ -196,16 +204,17 @@ impl Drop for Rounds<'_> {
     }
 }
 
-fn vmm(side: Side) -> Vmm {
+pub fn vmm(side: Side) -> Vmm {
     match side {
         Side::Tarn => Vmm::Tarn,
         Side::Qemu | Side::QemuGa => Vmm::Qemu,
+        Side::Host => unreachable!("it runs no VM"),
     }
 }
 
 /// One round that does not count, then `rounds` that do; the sides take turns at being first. A run that failed is
 /// told of, and tried again.
-fn each_round(
+pub fn each_round(
     what: &str,
     rounds: u32,
     sides: &[Side],
@@ -234,7 +243,7 @@ fn each_round(
     figures
 }
 
-fn ms(time: Duration) -> f64 {
+pub fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 

@@ -5,6 +5,8 @@
 //!   disk-io DEVICE all OP…                 all at once
 //!   disk-io DEVICE load SEED THREADS STOP  writes, reads and checks at random until the file STOP is there, then checks all
 //!   disk-io DEVICE count THREADS SLOTS     numbered blocks without end; says `ack DEVICE THREAD NUMBER` when one is written
+//!   disk-io DEVICE time r|w SPAN MS        4 KiB at random in the first SPAN bytes, one after the other, for so long; says
+//!                                          how many, and in µs: median, 99th percentile, longest between two completions
 //!
 //!   OP   w:BYTE:OFFSET:LENGTH  write     r:BYTE:OFFSET:LENGTH  read, must be BYTE     z:OFFSET:LENGTH  write zeroes
 //!        d:OFFSET:LENGTH       discard   f                     flush
@@ -23,6 +25,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 
@@ -322,8 +325,40 @@ fn count(file: &File, device: &str, threads: u64, slots: u64) -> Outcome {
     })
 }
 
+/// What a guest sees of its disk, at a depth of one.
+fn time(file: &File, write: bool, span: u64, time: Duration) -> Outcome {
+    const BLOCK: u64 = 4096;
+    /// Starting a program disturbs a guest.
+    const SETTLE: Duration = Duration::from_millis(100);
+    let (mut buffer, mut random) = (Buffer::new(BLOCK as usize), Random(0x7461_726e));
+    buffer.fill(0xa5);
+    let (mut latencies, mut gap) = (Vec::with_capacity(1 << 20), Duration::ZERO);
+    let start = Instant::now();
+    let mut last = start;
+    while last.duration_since(start) < SETTLE + time {
+        let offset = random.below(span / BLOCK) * BLOCK;
+        let begin = Instant::now();
+        if write {
+            file.write_all_at(&buffer, offset)?;
+        } else {
+            file.read_exact_at(&mut buffer, offset)?;
+        }
+        let end = Instant::now();
+        if begin.duration_since(start) >= SETTLE {
+            latencies.push(end - begin);
+            gap = gap.max(end - last);
+        }
+        last = end;
+    }
+    latencies.sort_unstable();
+    let percentile = |percent: usize| latencies.get(latencies.len() * percent / 100).copied().unwrap_or(gap);
+    let [median, tail, gap] = [percentile(50), percentile(99), gap].map(|time| time.as_nanos() as f64 / 1e3);
+    println!("{} {median:.1} {tail:.1} {gap:.1}", latencies.len());
+    Ok(())
+}
+
 fn work(args: &[String]) -> Outcome {
-    let usage = "disk-io DEVICE run|all|load|count …";
+    let usage = "disk-io DEVICE run|all|load|count|time …";
     let [device, verb, rest @ ..] = args else { return Err(usage.into()) };
     let file = File::options().read(true).write(true).custom_flags(O_DIRECT).open(device)?;
     match (verb.as_str(), rest) {
@@ -333,6 +368,10 @@ fn work(args: &[String]) -> Outcome {
         ("count", [threads, slots]) => {
             let name = device.rsplit('/').next().unwrap_or_default();
             count(&file, name, threads.parse()?, slots.parse()?)
+        }
+        ("time", [way, span, ms]) if ["r", "w"].contains(&way.as_str()) => {
+            let span = number(span).ok_or(usage)?;
+            time(&file, way == "w", span, Duration::from_millis(ms.parse()?))
         }
         _ => Err(usage.into()),
     }
