@@ -123,44 +123,41 @@ impl Args {
     }
 }
 
+/// Measures one group; rounds that count.
+type Measure = fn(&Rounds<'_>, u32) -> Figures;
+
+/// In the order they are measured, with how many rounds usually count.
+const GROUPS: [(Group, Measure, u32); 9] = [
+    (Group::Payload, |rounds, count| rounds.payload(count), 10),
+    (Group::Kernel, |rounds, count| rounds.kernel(count), 10),
+    (Group::Agent, |rounds, count| rounds.agent(count), 5),
+    (Group::Freeze, |rounds, count| rounds.freeze(count), 3),
+    (Group::Disk, |rounds, count| rounds.disk(count), 3),
+    (Group::Mirror, |rounds, count| rounds.mirror(count), 3),
+    (Group::Latency, |rounds, count| rounds.latency(count), 3),
+    (Group::Pivot, |rounds, count| rounds.pivot(count), 3),
+    (Group::Operation, |rounds, count| rounds.operation(count), 3),
+];
+
 fn main() -> ExitCode {
     let args = Args::parse();
     let mut figures = Figures::default();
     let rounds = Rounds::new(&args);
-    if args.measures(Group::Payload) {
-        figures.append(rounds.payload(args.rounds(10)));
-    }
-    if args.measures(Group::Kernel) {
-        figures.append(rounds.kernel(args.rounds(10)));
-    }
-    if args.measures(Group::Agent) {
-        figures.append(rounds.agent(args.rounds(5)));
-    }
-    if args.measures(Group::Freeze) {
-        figures.append(rounds.freeze(args.rounds(3)));
-    }
-    if args.measures(Group::Disk) {
-        figures.append(rounds.disk(args.rounds(3)));
-    }
-    if args.measures(Group::Mirror) {
-        figures.append(rounds.mirror(args.rounds(3)));
-    }
-    if args.measures(Group::Latency) {
-        figures.append(rounds.latency(args.rounds(3)));
-    }
-    if args.measures(Group::Pivot) {
-        figures.append(rounds.pivot(args.rounds(3)));
-    }
-    if args.measures(Group::Operation) {
-        figures.append(rounds.operation(args.rounds(3)));
+    for (_, measure, usual) in GROUPS.iter().filter(|(group, ..)| args.measures(*group)) {
+        figures.append(measure(&rounds, args.rounds(*usual)));
+        // What there is lasts, whatever becomes of the rest.
+        save(&args, &figures);
     }
     drop(rounds);
-    let facts = facts::gather(&args);
     print!("{}", figures.table());
+    eprintln!("bench: {}", args.output.display());
+    ExitCode::SUCCESS
+}
+
+fn save(args: &Args, figures: &Figures) {
+    let facts = facts::gather(args);
     let json =
         serde_json::json!({ "facts": facts, "figures": figures.json(), "failures": figures.failures() });
     fs::create_dir_all(args.output.parent().unwrap()).unwrap();
     fs::write(&args.output, format!("{json:#}\n")).unwrap();
-    eprintln!("bench: {}", args.output.display());
-    ExitCode::SUCCESS
 }
