@@ -74,6 +74,9 @@ pub struct Running {
 impl Host<'_> {
     /// Starts `guest` on `vmm`.
     pub fn start(&self, vmm: Vmm, guest: &Guest) -> Running {
+        for dir in ["run", "state"] {
+            let _ = fs::remove_dir_all(self.dir.join(dir));
+        }
         let (mut command, agent_socket, monitor_socket) = match vmm {
             Vmm::Tarn => self.tarn(guest),
             Vmm::Qemu => self.qemu(guest),
@@ -99,9 +102,6 @@ impl Host<'_> {
     }
 
     fn tarn(&self, guest: &Guest) -> (Command, PathBuf, PathBuf) {
-        for dir in ["run", "state"] {
-            let _ = fs::remove_dir_all(self.dir.join(dir));
-        }
         let mut command = self.command();
         command.args(["run", "--name", NAME, "--cpus", "1", "--memory"]);
         command.arg(format!("{}M", guest.memory_mib)).arg("--kernel").arg(&guest.kernel);

@@ -19,9 +19,9 @@ use crate::rounds::{CMDLINE, Rounds, each_round, ms, vmm};
 
 const MIB: u64 = 1 << 20;
 /// What the guest is at, before and behind the pivot.
-const AROUND: Duration = Duration::from_millis(500);
+const AROUND: Duration = Duration::from_millis(400);
 /// Pivots of one VM, of each kind.
-const PIVOTS: usize = 2;
+const PIVOTS: usize = 3;
 /// Data in the page cache of a guest that is frozen for a pivot.
 const DIRTY: &str = "dd if=/dev/zero of=/data/dirty bs=1M count=8 conv=notrunc 2>/dev/null";
 
@@ -42,7 +42,7 @@ impl Rounds<'_> {
     /// The longest time between two completions of a guest that reads or writes 4 KiB at random, one after the other, while
     /// the target of a mirror becomes its disk.
     pub fn pivot(&self, rounds: u32) -> Figures {
-        let size = 64 * MIB;
+        let size = 32 * MIB;
         let Some((guest, _)) = self.with_data_disk(size) else { return Figures::default() };
         each_round("pivot", rounds, &[Side::Tarn, Side::Qemu], |side, figures| {
             // Each time the same disk.
@@ -144,13 +144,15 @@ impl Rounds<'_> {
     /// One command that moves a mounted disk, guest frozen and VM paused, and what it says of itself. QEMU's VM is moved
     /// by the same command, by the protocol that QEMU can do.
     pub fn operation(&self, rounds: u32) -> Figures {
-        let path = self.dir.join("mounted.ext4");
-        let target = self.dir.join("moved.raw");
+        let dir = self.dir.join("operation");
+        let (path, target) = (dir.join("mounted.ext4"), dir.join("moved.raw"));
         let disk = DiskImage { path: path.clone(), serial: DISK, direct: false, read_only: false };
         let guest = self.booting(self.initrd(), &format!("{CMDLINE} tarn.mount=serial:{DISK}:/data:ext4"));
         let guest = Guest { monitor: true, disks: vec![disk], ..guest };
         each_round("operation", rounds, &[Side::Tarn, Side::Qemu], |side, figures| {
-            let _ = (fs::remove_file(&path), fs::remove_file(&target));
+            // With the stamps of the last one.
+            let _ = fs::remove_dir_all(&dir);
+            fs::create_dir(&dir).unwrap();
             make_filesystem(&path)?;
             let mut vm = self.host().start(vmm(side), &guest);
             drop(Agent::wait(&mut vm)?);

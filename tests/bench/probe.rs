@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::contender::LIMIT;
 
 /// How long a program in the guest may take to start, and to settle.
-const SETTLE: Duration = Duration::from_millis(400);
+const SETTLE: Duration = Duration::from_millis(300);
 const PROGRAM: &str = "/usr/bin/disk-io";
 
 /// Microseconds.
