@@ -156,6 +156,16 @@ impl Figures {
         text
     }
 
+    /// All samples, for those who watch.
+    pub fn lines(&self) -> String {
+        let mut text = String::new();
+        for Figure { name, unit, samples, .. } in &self.figures {
+            let samples: Vec<_> = samples.iter().flatten().copied().map(number).collect();
+            let _ = writeln!(text, "    {name}: {} {unit}", samples.join(", "));
+        }
+        text
+    }
+
     /// The runs that gave no figures, in words.
     pub fn failures(&self) -> &[String] {
         &self.failures

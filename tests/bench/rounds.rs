@@ -228,8 +228,12 @@ pub fn each_round(
                 eprintln!("bench: {what}, round {round} of {rounds}, {side:?}");
                 let mut samples = Figures::default();
                 match measure(side, &mut samples) {
-                    Ok(()) if round == 0 => {}
-                    Ok(()) => figures.append(samples),
+                    Ok(()) => {
+                        eprint!("{}", samples.lines());
+                        if round > 0 {
+                            figures.append(samples);
+                        }
+                    }
                     Err(error) => {
                         eprintln!("bench: {error}");
                         figures.failed(format!("{what}, {side:?}: {error}"));
