@@ -5,7 +5,7 @@
 # it is there, and new enough.
 pack_disk_io() {
     local out=$1 source
-    for source in "$root"/tests/clients/disk-io.{rs,sh}; do
+    for source in "${root:?}"/tests/clients/disk-io.{rs,sh}; do
         [[ $out/disk-io.cpio -nt $source ]] || break
         source=
     done
