@@ -16,7 +16,7 @@ use crate::setup::Setup;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// For a guest that may be held.
-const MOMENT: Duration = Duration::from_millis(20);
+const MOMENT: Duration = Duration::from_millis(40);
 
 /// A child. Dropping it kills it.
 pub(crate) struct Process {
