@@ -1,10 +1,11 @@
 //! Processes of a run: this program again, in another role; and the gate where they wait to be killed.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -130,6 +131,21 @@ impl Gate {
             [_, true] => Ok(None),
             _ => Err(io::ErrorKind::TimedOut.into()),
         }
+    }
+
+    /// Lets everybody pass from now on, until what is returned is dropped: recovery, too, may come to the place.
+    pub(crate) fn open(self) -> io::Result<PipeWriter> {
+        let (closed, open) = io::pipe()?;
+        thread::spawn(move || {
+            while let Ok(ready) = is_readable(&[self.0.as_fd(), closed.as_fd()], PATIENCE) {
+                match ready[..] {
+                    [_, true] => return,
+                    [true, _] => drop(self.accept()),
+                    _ => {}
+                }
+            }
+        });
+        Ok(open)
     }
 
     fn accept(&self) -> io::Result<Waiting> {

@@ -73,6 +73,7 @@ pub(crate) fn run(cell: &Cell, directory: &Path) -> Result<Findings, Failure> {
         Err(error) => run.findings.other.push(format!("The coordinator neither ends nor waits: {error}")),
     }
     run.coordinator.kill();
+    let _open = gate.open()?;
     run.conclude()?;
     Ok(run.findings)
 }
