@@ -28,6 +28,7 @@ mod freeze_faults;
 mod guest_commands;
 mod harness;
 mod jobs;
+mod library;
 mod monitor;
 mod operations;
 mod pivot;
