@@ -42,9 +42,12 @@ impl Runner<'_> {
 
     /// The sources are the disks, as before, and nothing is left of the targets that this operation has made.
     pub(super) fn conclude_source(&mut self) -> Result<(), Halt> {
+        self.confirm_sources()?;
         self.tell_undetermined()?;
         self.release()?;
         self.leave_vm()?;
+        // Until its job had gone, any client could still move a disk.
+        self.confirm_sources()?;
         for index in 0..self.plan().disks.len() {
             self.forget_node(&self.name(index))?;
         }
@@ -54,6 +57,7 @@ impl Runner<'_> {
 
     /// The targets are copies; nothing is stamped.
     pub(super) fn conclude_copy(&mut self) -> Result<(), Halt> {
+        self.confirm_sources()?;
         self.leave_vm()?;
         let (state, plan, operation) = (self.journal.state_dir().clone(), self.plan(), self.operation());
         for (index, disk) in plan.disks.iter().enumerate() {

@@ -78,10 +78,9 @@ impl Runner<'_> {
             let why = || now.error.clone().or_else(|| reason.map(str::to_owned));
             match now.state.as_str() {
                 "pivoted" => return self.pivoted(&now),
-                "aborted" => {
-                    return self.append(Stage::Aborted, json!({"reason": why()})).map(drop);
-                }
+                "aborted" => return self.abort_live(json!({"reason": why()})),
                 "undetermined" => {
+                    self.confirm_sources()?;
                     // Durably here first: from then on no witness counts.
                     return self
                         .append(Stage::Aborted, json!({"reason": why(), "witness": "undetermined"}))
@@ -109,12 +108,19 @@ impl Runner<'_> {
         if self.plan().protocol == Protocol::B || self.log().entry(Stage::PivotIntent).is_none() {
             return Ok(());
         }
-        if self.vm.query_pivot(self.id)?.state == "undetermined" {
-            self.place("abort", "before")?;
-            self.vm.abort_pivot(&self.operation())?;
-            self.place("abort", "done")?;
+        match self.vm.query_pivot(self.id)?.state.as_str() {
+            "undetermined" => {
+                self.place("abort", "before")?;
+                self.vm.abort_pivot(&self.operation())?;
+                self.place("abort", "done")
+            }
+            "pivoted" => {
+                let targets =
+                    self.plan().disks.into_iter().map(|disk| disk.target.path.display().to_string());
+                Err(self.stop_moved(&targets.collect::<Vec<_>>()))
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn pivoted(&mut self, now: &PivotNow) -> Result<(), Halt> {
@@ -133,10 +139,8 @@ impl Runner<'_> {
         let held = Instant::now();
         match self.await_pending() {
             Ok(()) => {}
-            // The jobs are still there: nobody has told one to finalize.
-            Err(Halt::Abort(reason)) => {
-                return self.append(Stage::Aborted, json!({"reason": reason})).map(drop);
-            }
+            // Nobody here has told a job to finalize; another client may have.
+            Err(Halt::Abort(reason)) => return self.abort_live(json!({"reason": reason})),
             Err(halt) => return Err(halt),
         }
         self.place("complete", "done")?;

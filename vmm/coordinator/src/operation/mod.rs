@@ -26,10 +26,12 @@
 //! | `request.rs` | what is asked, and what can be refused before anything has changed |
 //! | `steps.rs` | the loop, and the steps up to the decision |
 //! | `decide.rs` | the decision, protocols A and B |
+//! | `confirm.rs` | which images the VM works on, asked before anything is taken back |
 //! | `conclude.rs` | what follows from it, and how everything is given back |
 //! | `vm.rs`, `freeze.rs` | what is asked of the monitor and of the agent |
 
 mod conclude;
+mod confirm;
 mod decide;
 pub(crate) mod freeze;
 mod report;

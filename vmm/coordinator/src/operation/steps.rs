@@ -166,7 +166,7 @@ impl<'a> Runner<'a> {
         if progress.is_intended() && self.plan().protocol == Protocol::A {
             return self.ask_what_became_of_it(Some(reason));
         }
-        self.append(Stage::Aborted, json!({"reason": reason})).map(drop)
+        self.abort_live(json!({"reason": reason}))
     }
 
     /// Step after step, until the operation is done.
@@ -175,12 +175,11 @@ impl<'a> Runner<'a> {
             let Err(halt) = self.step() else { continue };
             let progress = self.progress();
             match halt {
-                // Whatever it was, no guest has written to a target.
+                // Whatever it was, no guest has written to a target, unless another client has moved it there.
                 Halt::Abort(reason) | Halt::Unknown(reason)
                     if progress.decision().is_none() && !progress.is_intended() =>
                 {
-                    self.append(Stage::Aborted, json!({"reason": reason}))
-                        .map_err(|halt| self.unsettled(halt))?;
+                    self.abort_live(json!({"reason": reason})).map_err(|halt| self.unsettled(halt))?;
                 }
                 halt => return Err(self.unsettled(halt)),
             }
