@@ -30,7 +30,8 @@ impl Runner<'_> {
         self.release()?;
         let concluded = resolve::conclude_target(&mut self.journal, self.id, &mut self.warnings);
         concluded.map_err(|error| Halt::Unknown(chain(&error)))?;
-        self.leave_vm()?;
+        let left = self.leave_vm()?;
+        self.warnings.extend(left.err());
         // The images that were the disks; those that came with the VM have gone by themselves.
         for node in self.log().detail("nodes").and_then(Value::as_array).into_iter().flatten() {
             if let Some(node) = node.as_str().filter(|node| !node.starts_with('#')) {
@@ -45,7 +46,7 @@ impl Runner<'_> {
         self.confirm_sources()?;
         self.tell_undetermined()?;
         self.release()?;
-        self.leave_vm()?;
+        self.leave_vm()?.map_err(Halt::Unknown)?;
         // Until its job had gone, any client could still move a disk.
         self.confirm_sources()?;
         for index in 0..self.plan().disks.len() {
@@ -58,7 +59,7 @@ impl Runner<'_> {
     /// The targets are copies; nothing is stamped.
     pub(super) fn conclude_copy(&mut self) -> Result<(), Halt> {
         self.confirm_sources()?;
-        self.leave_vm()?;
+        self.leave_vm()?.map_err(Halt::Unknown)?;
         let (state, plan, operation) = (self.journal.state_dir().clone(), self.plan(), self.operation());
         for (index, disk) in plan.disks.iter().enumerate() {
             self.forget_node(&self.name(index))?;
@@ -117,8 +118,9 @@ impl Runner<'_> {
         }
     }
 
-    /// Ends and forgets this operation's jobs.
-    fn leave_vm(&mut self) -> Result<(), Halt> {
+    /// Ends and forgets this operation's jobs; the inner error says which do not end. One of those writes to its target
+    /// still.
+    fn leave_vm(&mut self) -> Result<Result<(), String>, Halt> {
         let began = Instant::now();
         let mut told = Vec::new();
         loop {
@@ -141,11 +143,11 @@ impl Runner<'_> {
                 }
             }
             if jobs.is_empty() {
-                return Ok(());
+                return Ok(Ok(()));
             }
             if began.elapsed() > LEAVING {
-                self.warnings.push(format!("Jobs do not end: {}", names.join(", ")));
-                return Ok(());
+                let left: Vec<_> = jobs.iter().map(|job| format!("{} is {}", job.id, job.status)).collect();
+                return Ok(Err(format!("Jobs do not end: {}", left.join(", "))));
             }
             if jobs.iter().any(|job| job.status != "concluded") {
                 self.vm.await_event(LOOK)?;
