@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::steps::{Halt, Runner};
 use crate::journal::{Consistency, Hold, OperationKind, Protocol, Side, Stage};
+use crate::resolve::Reading;
 
 impl Runner<'_> {
     /// Writes down that the sources stay the disks, if a VM that lives confirms it. Where another client has moved all
@@ -19,6 +20,7 @@ impl Runner<'_> {
     pub(super) fn abort_live(&mut self, details: Value) -> Result<(), Halt> {
         let moved = self.moved()?;
         if moved.is_empty() {
+            self.confirm_witness()?;
             return self.append(Stage::Aborted, details).map(drop);
         }
         let plan = self.plan();
@@ -33,6 +35,19 @@ impl Runner<'_> {
         let froze = self.log().entry(Stage::FreezeIntent).is_some() || self.progress().freeze() != Hold::None;
         let consistency = if froze { Consistency::Void } else { Consistency::Crash };
         self.append(stage, json!({"by": "client", "consistency": consistency})).map(drop)
+    }
+
+    /// A VM that has not pivoted although the witness says so is another one than that which wrote the witness.
+    fn confirm_witness(&self) -> Result<(), Halt> {
+        let log = self.log();
+        match Reading::of(log.plan.witness.as_deref(), &log.operation) {
+            (Reading::Pivoted, _) => Err(Halt::Unknown(
+                "the witness says that the VM has pivoted, and this VM has not: it was started on images that were the \
+                 disks before. End it first"
+                    .to_owned(),
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Neither may the guest go on on a target that is not the disk, nor may such a target be removed.
