@@ -25,6 +25,8 @@ const LOOK: Duration = Duration::from_millis(100);
 /// How long a mirror may be above the longest hold before each write goes to both images, and before it is given up.
 const CONVERGE: Duration = Duration::from_secs(10);
 const NEVER_CONVERGES: Duration = Duration::from_secs(60);
+/// How long mirrors may take to end.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Why a step cannot be done.
 #[derive(Debug)]
@@ -375,6 +377,9 @@ impl<'a> Runner<'a> {
             if let Some(job) = jobs.iter().find(|job| is_over(job) && job.error.is_some()) {
                 return Err(Halt::Abort(ended(job)));
             }
+            if let Some(job) = jobs.iter().find(|job| matches!(job.status.as_str(), "paused" | "standby")) {
+                return Err(Halt::Abort(ended(job)));
+            }
             if jobs.iter().all(is_over) {
                 self.timeline.copied = self.copying_since.map(|since| since.elapsed());
                 return Ok(());
@@ -385,13 +390,24 @@ impl<'a> Runner<'a> {
 
     /// Each mirror ends as the copy it is at that moment.
     fn end_mirrors(&mut self) -> Result<(), Halt> {
-        for job in self.jobs_now()? {
-            if job.status == "ready" {
-                self.vm.cancel(&job.id, false)?;
-            }
+        let jobs = self.jobs_now()?;
+        // One that is pending, or about to be, was completed by another client: to finalize it would move the disk.
+        if let Some(job) = jobs.iter().find(|job| job.status != "ready") {
+            return Err(Halt::Abort(ended(job)));
         }
+        for job in jobs {
+            self.vm.cancel(&job.id, false)?;
+        }
+        let began = Instant::now();
         loop {
             let jobs = self.jobs_now()?;
+            let is_stuck = |job: &&JobNow| matches!(job.status.as_str(), "paused" | "standby");
+            if let Some(job) = jobs.iter().find(is_stuck) {
+                return Err(Halt::Abort(ended(job)));
+            }
+            if began.elapsed() > PATIENCE {
+                return Err(Halt::Abort("The mirrors do not end".to_owned()));
+            }
             for job in jobs.iter().filter(|job| job.status == "pending") {
                 self.vm.job("finalize", &job.id)?;
             }
@@ -403,6 +419,7 @@ impl<'a> Runner<'a> {
             }
             self.vm.await_event(LOOK)?;
         }
+        self.confirm_sources()?;
         self.release()?;
         self.conclude_copy()
     }
