@@ -4,6 +4,7 @@
 //!   create    exclusively ▶ write ▶ fsync ▶ fsync directory
 //!   write_at  write ▶ fdatasync                                      (journal and witness; their size never changes)
 //!   replace   FILE.new: write ▶ fsync ▶ rename over FILE ▶ fsync directory
+//!   place_new the same, and the rename fails if FILE is there
 //!   remove    unlink ▶ fsync directory
 //! ```
 //!
@@ -23,6 +24,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
 
 use crate::failpoint;
 
@@ -246,6 +250,28 @@ impl Durable {
 
 /// Gives the file at `path` another content: a crash leaves the old one or the new one. `step` is the failpoint's.
 pub(crate) fn replace(role: Role, path: &Path, content: &[u8], step: &str) -> Result<(), DurableError> {
+    put(role, path, content, step, |new| fs::rename(new, path))
+}
+
+/// Makes a file that is not there yet, whole: a crash leaves none or all of it.
+///
+/// # Errors
+/// [`DurableError::is_already_there`].
+pub(crate) fn place_new(role: Role, path: &Path, content: &[u8], step: &str) -> Result<(), DurableError> {
+    put(role, path, content, step, |new| match renameat_with(CWD, new, CWD, path, RenameFlags::NOREPLACE) {
+        // Filesystems on a network know of no such thing.
+        Err(Errno::INVAL) if !path.try_exists()? => fs::rename(new, path),
+        renamed => Ok(renamed?),
+    })
+}
+
+fn put(
+    role: Role,
+    path: &Path,
+    content: &[u8],
+    step: &str,
+    rename: impl FnOnce(&Path) -> io::Result<()>,
+) -> Result<(), DurableError> {
     let place = |point| failpoint::pass([role.name(), step, point]);
     place("before").map_err(role.failed("write", path))?;
     let new = with_suffix(path, ".new");
@@ -262,7 +288,7 @@ pub(crate) fn replace(role: Role, path: &Path, content: &[u8], step: &str) -> Re
         power::is_as_before(path);
         power::is_named(path, &file, content);
     }
-    fs::rename(&new, path).map_err(role.failed("replace", path))?;
+    rename(&new).map_err(role.failed("replace", path))?;
     place("renamed").map_err(role.failed("sync the directory of", path))?;
     sync_directory_of(path)?;
     #[cfg(feature = "failpoints")]
@@ -391,6 +417,16 @@ mod tests {
         let error = replace(Role::Disks, &base.path().join("disks.json"), b"{}", "commit").unwrap_err();
         assert!(matches!(error, DurableError::Volatile { .. }), "{error}");
         assert!(!base.path().join("disks.json").exists());
+    }
+
+    #[test]
+    fn a_new_file_takes_no_other_ones_place() {
+        let base = tempfile::tempdir().unwrap();
+        let path = base.path().join("f");
+        place_new(Role::Stamp, &path, b"first", "incomplete").unwrap();
+        let error = place_new(Role::Stamp, &path, b"second", "incomplete").unwrap_err();
+        assert!(error.is_already_there(), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "first");
     }
 
     #[test]

@@ -15,9 +15,10 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::durable::{self, Durable, DurableError, Role, with_suffix};
-use crate::journal::ImageId;
+use crate::journal::{self, ImageId};
 use crate::record::{Damage, Operation, RECORD_MAX, Record, TooLong};
 use crate::state_dir::StateDir;
 
@@ -34,6 +35,18 @@ pub enum StampError {
         path: PathBuf,
         /// What is wrong with it.
         source: Damage,
+    },
+    /// The image is another operation's.
+    #[error("{} is being made by operation {id} of VM {vm}, says {}", image.display(), path.display())]
+    Taken {
+        /// The image.
+        image: PathBuf,
+        /// The operation.
+        id: Uuid,
+        /// The VM.
+        vm: String,
+        /// The stamp.
+        path: PathBuf,
     },
     /// Names that are too long.
     #[error("The stamp does not fit into a record")]
@@ -115,6 +128,51 @@ impl Stamp {
     /// # Errors
     /// [`StampError`].
     pub fn write(&self, state: &StateDir, image: &Path) -> Result<(), StampError> {
+        self.put(state, image, durable::replace)
+    }
+
+    /// Stamps an image that is to be made, and tells whether its operation had done so before.
+    ///
+    /// # Errors
+    /// [`StampError::Taken`]: another operation has, and may be making it.
+    pub(crate) fn claim(&self, state: &StateDir, image: &Path) -> Result<bool, StampError> {
+        let is_ours = |stamp: &Self| stamp.operation.id == self.operation.id;
+        let taken = |stamp: Self| {
+            let (id, vm) = (stamp.operation.id, stamp.vm);
+            StampError::Taken { image: image.to_owned(), id, vm, path: path_of(state, image) }
+        };
+        let found = Self::read(state, image)?;
+        let had = found.as_ref().is_some_and(is_ours);
+        match found {
+            None => self.put(state, image, durable::place_new)?,
+            Some(stamp) if had || stamp.is_stale(state, image) => self.write(state, image)?,
+            Some(stamp) => return Err(taken(stamp)),
+        }
+        match Self::read(state, image)? {
+            // Somebody else was there between the two.
+            Some(stamp) if !is_ours(&stamp) => Err(taken(stamp)),
+            _ => Ok(had),
+        }
+    }
+
+    /// Whether it is a note beside an image that is gone, of an operation that is over.
+    fn is_stale(&self, state: &StateDir, image: &Path) -> bool {
+        let is_over = || {
+            let of = StateDir::below(state.base(), &self.vm).ok().filter(|of| of.journal().exists());
+            let operations = of.and_then(|of| journal::operations(&of).ok());
+            operations.is_some_and(|all| {
+                all.last().is_none_or(|last| last.id() != self.operation.id || !last.is_open())
+            })
+        };
+        !image.exists() && (matches!(self.kind, StampKind::Superseded { .. }) || is_over())
+    }
+
+    fn put(
+        &self,
+        state: &StateDir,
+        image: &Path,
+        put: impl FnOnce(Role, &Path, &[u8], &str) -> Result<(), DurableError>,
+    ) -> Result<(), StampError> {
         let mut payload = json!({"vm": self.vm});
         if let StampKind::Superseded { by } = &self.kind {
             payload["by"] = by.to_string_lossy().into();
@@ -126,7 +184,7 @@ impl Stamp {
         {
             durable::make_directory(directory)?;
         }
-        Ok(durable::replace(Role::Stamp, &path, &record.encode()?, self.kind.step())?)
+        Ok(put(Role::Stamp, &path, &record.encode()?, self.kind.step())?)
     }
 
     /// Removes the stamp of an image, durably, if it is one of this operation. Tells whether it was. That it has none
@@ -168,8 +226,6 @@ fn device_identity(number: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use uuid::Uuid;
-
     use super::*;
 
     fn operation(id: u128) -> Operation {
@@ -197,6 +253,23 @@ mod tests {
         assert!(Stamp::remove(&state, &image, &operation(1)).unwrap());
         assert_eq!(Stamp::read(&state, &image).unwrap(), None);
         assert!(!state.base().exists());
+    }
+
+    #[test]
+    fn an_image_that_is_to_be_made_is_one_operations_alone() {
+        let base = tempfile::tempdir().unwrap();
+        let state = StateDir::below(&base.path().join("state"), "vm").unwrap();
+        let image = base.path().join("new.raw");
+        let stamp = |id| Stamp { kind: StampKind::Incomplete, operation: operation(id), vm: "vm".into() };
+        assert!(!stamp(1).claim(&state, &image).unwrap());
+        assert!(stamp(1).claim(&state, &image).unwrap());
+        let error = stamp(2).claim(&state, &image).unwrap_err();
+        assert!(matches!(error, StampError::Taken { .. }), "{error}");
+        assert_eq!(Stamp::read(&state, &image).unwrap(), Some(stamp(1)));
+        // One that was a disk once, and is gone, is in nobody's way.
+        let kind = StampKind::Superseded { by: "/img/b.raw".into() };
+        Stamp { kind, ..stamp(1) }.write(&state, &image).unwrap();
+        assert!(!stamp(2).claim(&state, &image).unwrap());
     }
 
     #[test]

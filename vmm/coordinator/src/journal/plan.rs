@@ -76,6 +76,11 @@ impl ImageId {
         canonical.is_ok_and(|path| path == self.path)
     }
 
+    /// Whether the file at `path` is the one that this image was.
+    pub(crate) fn is_file(&self, path: &Path) -> bool {
+        fs::metadata(path).is_ok_and(|metadata| self.file == Some(FileId::of(&metadata)))
+    }
+
     /// Whether `path` leads to this image, by whatever name: also a hard link. Inodes are used again, so this is for
     /// images that are open.
     pub fn is_at(&self, path: &Path) -> bool {

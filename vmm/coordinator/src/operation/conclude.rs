@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 
 use super::freeze::Freezer;
-use super::steps::{Halt, Runner, chain};
+use super::steps::{Halt, Runner, chain, is_untouched};
 use super::vm::JobNow;
 use crate::disks::DurableDisks;
 use crate::durable;
@@ -172,8 +172,18 @@ impl Runner<'_> {
             let created = created
                 .as_ref()
                 .map_or(disk.target.file.is_none(), |created| created.get(index) == Some(&Value::Bool(true)));
+            let (path, prepared) = (&disk.target.path, log.entry(Stage::Prepared).is_some());
+            let is_ours = if prepared { disk.target.is_file(path) } else { is_untouched(path) };
             // The image first: one without a stamp could be taken for a disk.
             let gone = match Stamp::read(&state, &disk.target.path) {
+                // Another image has its name meanwhile.
+                Ok(Some(stamp))
+                    if created && stamp.operation.id == operation.id && path.exists() && !is_ours =>
+                {
+                    self.warnings
+                        .push(format!("{} is another file than the target, and stays", path.display()));
+                    true
+                }
                 Ok(Some(stamp)) if created && stamp.operation.id == operation.id => {
                     let removed = durable::remove_image(&disk.target.path);
                     let gone = removed.is_ok();

@@ -1,5 +1,6 @@
 //! The loop of an operation, and its steps up to the decision.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
@@ -224,14 +225,22 @@ impl<'a> Runner<'a> {
         }
         for (disk, created) in plan.disks.iter_mut().zip(&created) {
             let stamp = Stamp { kind: StampKind::Incomplete, operation, vm: state.name().to_owned() };
-            let stamped = stamp.write(&state, &disk.target.path);
-            stamped.map_err(|error| Halt::Abort(chain(&error)))?;
+            let abort = |error: &dyn std::error::Error| Halt::Abort(chain(error));
             if *created {
-                match durable::create_image(&disk.target.path, disk.target.size) {
-                    // By this operation, before somebody died.
-                    Err(error) if error.is_already_there() && disk.target.path.is_file() => {}
-                    made => made.map_err(|error| Halt::Abort(chain(&error)))?,
+                let was_ours = stamp.claim(&state, &disk.target.path).map_err(|error| abort(&error))?;
+                // By this operation, before somebody died.
+                if was_ours && is_untouched(&disk.target.path) {
+                    durable::remove_image(&disk.target.path).map_err(|error| abort(&error))?;
                 }
+                let made = durable::create_image(&disk.target.path, disk.target.size);
+                if made.as_ref().is_err_and(DurableError::is_already_there) {
+                    // Somebody else's: a stamp would keep it from being booted.
+                    let removed = Stamp::remove(&state, &disk.target.path, &operation);
+                    removed.map_err(|error| abort(&error))?;
+                }
+                made.map_err(|error| abort(&error))?;
+            } else {
+                stamp.write(&state, &disk.target.path).map_err(|error| abort(&error))?;
             }
             let image = ImageId::of(&disk.target.path);
             disk.target = image.map_err(|error| Halt::Abort(error.to_string()))?;
@@ -506,6 +515,12 @@ impl Runner<'_> {
         };
         OperationError::Unsettled { id: self.id, vm: self.journal.state_dir().name().to_owned(), reason }
     }
+}
+
+/// A file that nothing has been written to.
+pub(super) fn is_untouched(path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.blocks() == 0)
 }
 
 fn ended(job: &JobNow) -> String {
