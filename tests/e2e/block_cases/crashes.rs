@@ -142,7 +142,7 @@ fn with_status(machine: &mut Machine<'_>, status: &str) -> Vec<String> {
 }
 
 /// The last number that each writer of each disk was told to be written, by the guest's console.
-fn acknowledged(console: &str) -> HashMap<(String, u64), u64> {
+pub fn acknowledged(console: &str) -> HashMap<(String, u64), u64> {
     let whole = console.rfind('\n').map_or("", |end| &console[..end]);
     let parse = |line: &str| {
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -153,7 +153,7 @@ fn acknowledged(console: &str) -> HashMap<(String, u64), u64> {
 }
 
 /// Each block has the last number that was acknowledged for it, or a later one: the console may lag behind.
-fn has_all_up_to(image: &Path, thread: u64, last: u64) {
+pub fn has_all_up_to(image: &Path, thread: u64, last: u64) {
     let file = File::open(image).unwrap();
     let mut block = [0; BLOCK];
     for slot in 0..SLOTS {

@@ -28,7 +28,10 @@ mod writes;
 
 use std::path::PathBuf;
 
+pub use self::crashes::{acknowledged, has_all_up_to};
+pub use self::machine::Disk;
 use self::machine::Machine;
+pub use self::reference::Qemu;
 use crate::clients::prepared;
 use crate::harness::Lab;
 
@@ -36,7 +39,7 @@ const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
 /// A place for a test, and the archive with the guest's program; `None`, loudly, where one is missing.
-fn place(name: &'static str) -> Option<(Lab, PathBuf)> {
+pub fn place(name: &'static str) -> Option<(Lab, PathBuf)> {
     let lab = Lab::new(name)?;
     let program = prepared("disk-io.cpio")?;
     Some((lab, program))

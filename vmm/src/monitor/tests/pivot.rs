@@ -363,3 +363,26 @@ fn a_pause_belongs_to_who_asked_for_it() {
     assert_eq!(play.query("tarn-query-status")["paused-by"], json!([]));
     assert_eq!(play.ask("stop", json!({"tarn-op": "x"})), "Parameter 'tarn-op' expects a UUID");
 }
+
+#[test]
+fn a_client_that_leaves_changes_nothing_about_its_operation() {
+    // At each of its steps: draining, held, over.
+    for leaves_at in 0..3 {
+        let mut play = Play::ready(json!({}));
+        let path = witness(&play);
+        pivot(&mut play, json!({"witness": path}));
+        for step in 0..3 {
+            if step == leaves_at {
+                play.client = play.lab.client();
+            }
+            match step {
+                0 => drop(hears(&mut play, 0, Report::Quiesced)),
+                1 => drop(scribe_is_done(&mut play)),
+                _ => {}
+            }
+        }
+        assert_eq!(query(&mut play)["state"], "pivoted", "left at {leaves_at}");
+        assert!(play.is_target());
+        assert_eq!(verdict(&path), Some(Verdict::Pivoted));
+    }
+}

@@ -1,5 +1,8 @@
 //! Operations on the command line: disks move, coordinators die, and what was begun is settled.
 
+mod crashes;
+mod qemu;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
