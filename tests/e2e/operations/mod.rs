@@ -145,7 +145,7 @@ fn what_cannot_be_done_is_refused(lab: &Lab, current: &[PathBuf; 2]) {
     let other = lab.image("other.raw", SIZE);
     let mut owner = boot(lab, "owner", &[&other], &[]);
     let error = fails(lab, &["pivot", "ops", &to("d0", &other), "--reuse"], 3);
-    assert!(error.contains("was aborted") && error.contains("lock"), "{error}");
+    assert!(error.contains("was aborted") && error.contains("is in use"), "{error}");
     assert!(!lab.path("other.raw.stamp").exists());
     owner.power_off();
 }
@@ -173,6 +173,16 @@ fn copies_of_a_running_vm(lab: &Lab, vm: &mut Vm<'_>) {
     assert!(!lab.path("mirror.raw.stamp").exists());
 }
 
+/// The image that d0 works on becomes slow for everybody: a copy takes seconds.
+fn slow_down(vm: &mut Vm<'_>) {
+    let mut monitor = vm.monitor();
+    let node = monitor.run("query-block")[0]["inserted"]["node-name"].take();
+    let limits = serde_json::json!({
+        "node-name": node, "bps": 2 << 20, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
+    });
+    monitor.run_with("block_set_io_throttle", &limits);
+}
+
 /// A coordinator in the background.
 fn coordinate(lab: &Lab, args: &[&str]) -> Child {
     lab.tarn(args)
@@ -194,12 +204,8 @@ fn a_coordinator_that_dies_leaves_an_operation_that_is_undone_or_gone_on_with() 
     let Some(lab) = Lab::new("operations-crash") else { return };
     let (a, target) = (lab.ext4("a.raw", SIZE), lab.path("b.raw"));
     let mut vm = boot(&lab, "crash", &[&a], &["--mount", "/dev/vda:/mnt:ext4"]);
-    // A copy that takes its time.
-    let slow = serde_json::json!({
-        "device": "d0", "bps": 4 << 20, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
-    });
     vm.sh("dd if=/dev/urandom of=/mnt/x bs=1M count=8 2>/dev/null; sync");
-    vm.monitor().run_with("block_set_io_throttle", &slow);
+    slow_down(&mut vm);
     let arguments = ["pivot", "crash", &to("d0", &target), "--freeze"];
     let killed = |until: &str| {
         let mut coordinator = coordinate(&lab, &arguments);
@@ -230,6 +236,7 @@ fn a_coordinator_that_dies_leaves_an_operation_that_is_undone_or_gone_on_with() 
 
     // And the VM with it: the next start knows which image is the disk.
     let back = lab.path("c.raw");
+    slow_down(&mut vm);
     let mut coordinator = coordinate(&lab, &["pivot", "crash", &to("d0", &back)]);
     eventually("mirroring", || (stage(&lab, "crash") == "mirroring").then_some(()));
     vm.sh("echo kept > /mnt/kept; sync");
