@@ -1,15 +1,12 @@
 //! Pivots with a witness: several disks, who may interfere, and how a VM ends in the middle of one.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use coordinator::record::witness::{Verdict, Witness};
 use serde_json::{Value, json};
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::harness::{Lab, Monitor, Vm, connect, eventually, sha256};
+use crate::harness::{Lab, Monitor, Vm, eventually, sha256};
 
 const SIZE: u64 = 16 << 20;
 const ONE: &str = "11111111-1111-4111-8111-111111111111";
@@ -36,7 +33,7 @@ fn mirror(monitor: &mut Monitor, targets: &[PathBuf; 2], mode: &str) {
     for (device, target) in ["a", "b"].into_iter().zip(targets) {
         let arguments = json!({
             "job-id": format!("m-{device}"), "device": device, "target": target, "sync": "full",
-            "mode": "existing", "format": "raw", "copy-mode": mode,
+            "mode": "existing", "format": "raw", "copy-mode": mode, "node-name": format!("t-{device}"),
         });
         monitor.run_with("drive-mirror", &arguments);
     }
@@ -139,26 +136,22 @@ fn a_disk_is_reopened_on_its_mirror(lab: &Lab, vm: &mut Vm<'_>, monitor: &mut Mo
     assert_eq!(seen, sha256(target));
 }
 
-/// A witness that can be read and not written: nobody can make a decision durable.
-fn pivot_without_end(vm: &Vm<'_>, lab: &Lab) -> String {
+/// A witness that somebody writes over: nobody can make a decision durable.
+fn pivot_without_end(monitor: &mut Monitor, vm: &Vm<'_>, lab: &Lab) -> String {
     let path = witness(lab, "witness");
-    let mut socket = connect(&vm.socket("monitor.sock"));
-    let mut lines = BufReader::new(socket.try_clone().unwrap()).lines();
-    let mut ask = |socket: &mut std::os::unix::net::UnixStream, request: Value| -> Value {
-        socket.write_all(request.to_string().as_bytes()).unwrap();
-        loop {
-            let message: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
-            if message.get("return").is_some() || message.get("error").is_some() {
-                return message;
-            }
-        }
-    };
-    ask(&mut socket, json!({"execute": "qmp_capabilities"}));
-    socket.send_with_fd(b" ".as_slice(), File::open(&path).unwrap().as_raw_fd()).unwrap();
-    ask(&mut socket, json!({"execute": "getfd", "arguments": {"fdname": "w"}}));
-    let arguments = json!({"op": ONE, "gen": 1, "jobs": ["m-a", "m-b"], "witness": "w"});
-    let reply = ask(&mut socket, json!({"execute": "tarn-pivot", "arguments": arguments}));
-    reply["error"]["desc"].as_str().unwrap_or_else(|| panic!("{reply}")).to_owned()
+    // The last sync of a target takes its time, and the drain with it.
+    monitor.run_with("tarn-fault-add", &json!({"node-name": "t-a", "op": "flush", "delay-ms": 3000}));
+    let socket = vm.socket("monitor.sock");
+    let arguments = json!({"op": ONE, "gen": 1, "jobs": ["m-a", "m-b"], "witness": path});
+    let asking = std::thread::spawn(move || {
+        let session = coordinator::MonitorSession::connect(&socket, crate::harness::limit()).unwrap();
+        Monitor(session).refusal("tarn-pivot", &arguments)
+    });
+    eventually("the pivot to begin", || (query(monitor, ONE)["state"] == "draining").then_some(()));
+    std::fs::write(&path, "my only copy").unwrap();
+    let error = asking.join().unwrap();
+    monitor.run_with("tarn-fault-remove", &json!({"node-name": "t-a"}));
+    error
 }
 
 #[test]
@@ -168,7 +161,7 @@ fn a_guest_that_ends_waits_until_its_disks_are_decided() {
     let mut vm = boot(&lab, "undetermined", &sources, &["--on-guest-reset", "exit"]);
     let mut monitor = vm.monitor();
     mirror(&mut monitor, &targets, "background");
-    let error = pivot_without_end(&vm, &lab);
+    let error = pivot_without_end(&mut monitor, &vm, &lab);
     assert!(error.starts_with(&format!("Operation {ONE} is undetermined")), "{error}");
     assert_eq!(query(&mut monitor, ONE)["state"], "undetermined");
     assert_eq!(files(&mut monitor), sources);
@@ -197,7 +190,7 @@ fn a_vm_that_ends_in_the_middle_of_a_pivot_leaves_both_images_the_same() {
     let mut monitor = vm.monitor();
     vm.sh(WRITER);
     mirror(&mut monitor, &targets, "background");
-    pivot_without_end(&vm, &lab);
+    pivot_without_end(&mut monitor, &vm, &lab);
     monitor.run("quit");
     assert!(vm.wait().success(), "{}", vm.log());
     for (source, target) in sources.iter().zip(&targets) {

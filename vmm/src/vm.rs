@@ -170,6 +170,7 @@ impl ControlLoop {
         let now = Instant::now();
         self.monitor.tick(&mut self.core, now, watch);
         self.core.guest.tick(now, watch);
+        self.core.controller.tick(now);
     }
 
     fn terminal_input(&mut self, watch: &mut dyn Watch) {
@@ -184,9 +185,8 @@ impl ControlLoop {
         }
     }
 
-    /// Moves what one part has for another until nothing moves any more.
-    fn settle(&mut self, watch: &mut dyn Watch) {
-        let now = Instant::now();
+    /// After a reset: the doorbells are others, and perhaps the guest is.
+    fn follow_machine(&mut self, now: Instant, watch: &mut dyn Watch) {
         if self.generation != Some(self.core.controller.generation()) {
             self.ports.forget_doorbells(&mut self.core, watch);
             if let Some(machine) = self.core.controller.machine() {
@@ -201,12 +201,20 @@ impl ControlLoop {
             }
             self.generation = Some(self.core.controller.generation());
         }
+    }
+
+    /// Moves what one part has for another until nothing moves any more.
+    fn settle(&mut self, watch: &mut dyn Watch) {
+        let now = Instant::now();
+        self.follow_machine(now, watch);
         self.core.guest.vm_running(self.core.controller.state().is_running(), now);
         // An outcome lets a session's next request in; an event may close a session that froze the guest: both have
         // bytes for the port again.
         loop {
             self.ports.settle(&mut self.core, watch);
             self.core.controller.settle_jobs();
+            // What the guest had to wait with may have been a reset.
+            self.follow_machine(now, watch);
             let relayed = self.core.guest.take_relayed();
             let events = self.core.take_all_events();
             let answers = self.core.controller.take_answers();
@@ -231,7 +239,11 @@ impl ControlLoop {
     /// Arms the timer for the earliest deadline, if it would be late. Most deadlines go before they come: a timer that
     /// is early costs one turn of the loop in a minute, one that is always set right two system calls for a message.
     fn arm_timer(&mut self) {
-        let deadlines = [self.monitor.next_deadline(), self.core.guest.next_deadline()];
+        let deadlines = [
+            self.monitor.next_deadline(),
+            self.core.guest.next_deadline(),
+            self.core.controller.next_deadline(),
+        ];
         let Some(deadline) = deadlines.into_iter().flatten().min() else { return };
         if self.armed.is_some_and(|armed| armed <= deadline) {
             return;

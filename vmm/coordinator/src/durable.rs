@@ -25,7 +25,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, OFlags, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
 use crate::failpoint;
@@ -192,7 +192,19 @@ impl Durable {
     }
 
     /// Takes a file that somebody else opened; `name` is for messages.
+    ///
+    /// # Errors
+    /// It cannot be read and written at any place, or it only lives in memory.
     pub(crate) fn adopt(role: Role, fd: OwnedFd, name: &str) -> Result<Self, DurableError> {
+        let flags = rustix::fs::fcntl_getfl(&fd)
+            .map_err(|error| role.failed("use", Path::new(name))(error.into()))?;
+        // With O_APPEND a write goes to the end, wherever it is meant to go (pwrite(2)).
+        if flags & OFlags::RWMODE != OFlags::RDWR || flags.contains(OFlags::APPEND) {
+            return Err(role.failed("use", Path::new(name))(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "It has to be open for reading and writing, and not for appending",
+            )));
+        }
         Self::check(Self { role, path: name.into(), file: fd.into() })
     }
 

@@ -1,5 +1,7 @@
 //! The controller's jobs.
 
+use std::time::Instant;
+
 use super::Controller;
 use crate::jobs::pivoting::Answer;
 use crate::jobs::registry::JobDone;
@@ -36,6 +38,17 @@ impl Controller {
         }
     }
 
+    /// When [`Self::tick`] is next needed.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.jobs.next_deadline()
+    }
+
+    /// Ends what has held guest I/O for too long.
+    pub fn tick(&mut self, now: Instant) {
+        self.jobs.tick(&self.fixed.disks, now);
+        self.events.append(&mut self.jobs.take_events());
+    }
+
     /// Answers that had to wait for an operation.
     pub fn take_answers(&mut self) -> Vec<Answer> {
         self.jobs.take_answers()
@@ -68,15 +81,15 @@ impl Controller {
 
     /// Decides an operation that is in progress, and ends all jobs: the VM is about to end.
     pub(super) fn end_jobs(&mut self) {
-        let undetermined = self.jobs.conclude_pivot(&self.fixed.disks);
-        if undetermined {
+        if self.jobs.conclude_pivot(&self.fixed.disks) {
             tracing::error!(
                 "The VM ends with an operation undetermined: its disks are the same on both sides"
             );
-            // What was held goes on when the jobs end; nobody may be told any more.
-            self.machine = None;
-            self.generation += 1;
         }
+        // What was held goes on when the jobs end, on the source; somebody may have decided for the target. So the guest is
+        // not told any more.
+        self.machine = None;
+        self.generation += 1;
         self.jobs.end_all(&self.fixed.disks);
     }
 }

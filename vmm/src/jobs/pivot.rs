@@ -83,6 +83,8 @@ pub enum Report {
     Switched(usize),
     /// The job of this number has ended on its source.
     Ended(usize),
+    /// What it waits for takes too long: disks that are held for others, or the witness.
+    Late,
     /// The witness has taken the last decision, or nobody can tell.
     Written {
         /// It is durable.
@@ -223,6 +225,10 @@ impl Pivots {
         let late = Err(PivotRefused::Late { id: operation.id, state });
         match (&mut self.open, state) {
             (_, PivotState::Aborted) => Ok(vec![Step::Answer(state)]),
+            // It may have pivoted, so long ago that it is forgotten.
+            (_, PivotState::None) if operation.generation <= self.generation => {
+                Err(PivotRefused::Generation { asked: operation.generation, known: self.generation })
+            }
             // A command that is still on its way must not begin it later.
             (_, PivotState::None) => {
                 self.remember(*operation, Outcome::Aborted);
@@ -322,7 +328,12 @@ impl Open {
                 self.jobs.retain(|known| *known != job);
                 self.give_up()
             }
-            (Phase::Draining, Report::Stopped) => self.give_up(),
+            (Phase::Draining, Report::Stopped | Report::Late) => self.give_up(),
+            // Whatever comes of the witness after all: it is somebody else's decision now.
+            (Phase::Deciding | Phase::Revoking, Report::Late) => {
+                self.phase = Phase::Undetermined;
+                vec![Step::Answer(PivotState::Undetermined)]
+            }
             (Phase::Deciding, Report::Written { durable: true }) => self.switch(),
             (Phase::Deciding, Report::Written { durable: false }) => {
                 self.phase = Phase::Revoking;

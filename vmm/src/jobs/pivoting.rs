@@ -9,10 +9,12 @@
 //! The scribe is a thread: a disk may take its time to make the witness durable, and meanwhile the loop serves
 //! everybody else. Whoever asked is answered when the operation is over. As long as it is not, its jobs obey it alone.
 
+mod begin;
 mod info;
 mod scribe;
 
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 use coordinator::failpoint;
 use coordinator::record::Operation;
@@ -23,18 +25,17 @@ use uuid::Uuid;
 pub use self::info::{PivotDisk, PivotInfo, WitnessState};
 use self::scribe::Scribe;
 use super::disks::Disks;
-use super::entry::Work;
 use super::lifecycle::{Action, Report, Request};
-use super::nodes::NodeInfo;
 use super::passes;
 use super::pivot::{self, PivotRefused, PivotState, Pivots, Step};
-use super::registry::{Family, Jobs};
-use super::state::{JobStatus, Verb};
+use super::registry::Jobs;
 
 /// Disks that change together; more would not fit into a witness.
 const DISKS_MAX: usize = 16;
 /// Operations that are over and can be asked about.
 const REMEMBERED: usize = 256;
+/// How long guest I/O is held for something that does not happen. A guest complains after two minutes.
+const HELD_MAX: Duration = Duration::from_secs(60);
 
 /// Who asks, as a number of the caller's.
 pub type Asker = u64;
@@ -67,6 +68,8 @@ struct Current {
     jobs: Vec<(u64, usize)>,
     scribe: Option<Scribe>,
     askers: Vec<(Asker, Wish)>,
+    /// Until when disks may be held for others, or for the witness.
+    deadline: Option<Instant>,
 }
 
 /// The pivots of a VM.
@@ -101,6 +104,9 @@ impl Jobs {
             return self.join(operation.id, asker, Wish::Pivoted);
         }
         let jobs = self.pivot_jobs(&jobs)?;
+        if witness.is_some() {
+            self.check_durable(&jobs)?;
+        }
         let members = jobs.iter().map(|(index, disk)| self.pivot_disk(*index, *disk, disks)).collect();
         let numbers = jobs.iter().map(|(index, disk)| (self.entries[*index].number, *disk)).collect();
         let info = PivotInfo {
@@ -119,7 +125,7 @@ impl Jobs {
         self.pivoting.machine = machine;
         self.events.push(info.event(info.state));
         let askers = vec![(asker, Wish::Pivoted)];
-        self.pivoting.current = Some(Current { info, jobs: numbers, scribe, askers });
+        self.pivoting.current = Some(Current { info, jobs: numbers, scribe, askers, deadline: None });
         self.pivot_steps(steps, disks);
         self.drive_pivot(disks);
         passes("begin", "done");
@@ -231,6 +237,31 @@ impl Jobs {
 
 /// What happens to an operation.
 impl Jobs {
+    /// When [`tick`](Self::tick) is next needed.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.pivoting.current.as_ref()?.deadline
+    }
+
+    /// Ends what has held guest I/O for too long: one disk for another that does not come to rest, or all for a witness
+    /// that does not become durable.
+    pub fn tick(&mut self, disks: &dyn Disks, now: Instant) {
+        let Some(current) = &mut self.pivoting.current else { return };
+        let waits = self.pivoting.machine.is_deciding()
+            || self.pivoting.machine.state(current.info.operation.id) == PivotState::Draining;
+        if current.deadline.take_if(|deadline| *deadline <= now).is_some() && waits {
+            let error = format!("Guest I/O was held for {} s", HELD_MAX.as_secs());
+            tracing::error!(operation = %current.info.operation.id, "{error}");
+            current.info.error.get_or_insert(error);
+            if current.info.witness != WitnessState::None && self.pivoting.machine.is_deciding() {
+                current.info.witness = WitnessState::Failed;
+                // What it still has to say is of no interest any more.
+                current.scribe = None;
+            }
+            self.pivoting.reports.push_back(pivot::Report::Late);
+            self.drive_pivot(disks);
+        }
+    }
+
     /// The witness has been written to, or not.
     pub(super) fn hear_scribe(&mut self, disks: &dyn Disks) {
         while let Some(Current { scribe: Some(scribe), .. }) = &self.pivoting.current
@@ -268,7 +299,10 @@ impl Jobs {
             current.info.error.get_or_insert(text);
         };
         let heard = match report {
-            Report::Quiesced => pivot::Report::Pending(job),
+            Report::Quiesced => {
+                current.deadline.get_or_insert_with(|| Instant::now() + HELD_MAX);
+                pivot::Report::Pending(job)
+            }
             Report::Failed(error) => {
                 why(current, error);
                 pivot::Report::Failed(job)
@@ -327,7 +361,11 @@ impl Jobs {
                     }
                 }
                 Step::Switch(job) | Step::End(job) => {
-                    let Some(index) = number(job).and_then(|number| self.position(number)) else { continue };
+                    let Some(index) = number(job).and_then(|number| self.position(number)) else {
+                        // It has ended by itself.
+                        self.pivoting.reports.push_back(pivot::Report::Ended(job));
+                        continue;
+                    };
                     let switch = matches!(step, Step::Switch(_));
                     let request = if switch { Request::Finalize } else { Request::Cancel { force: true } };
                     self.ask_of_pivot(index, request, disks);
@@ -351,6 +389,7 @@ impl Jobs {
 
     fn write(&mut self, verdict: Verdict) {
         let Some(current) = &mut self.pivoting.current else { return };
+        current.deadline = Some(Instant::now() + HELD_MAX);
         if verdict == Verdict::Pivoted {
             self.events.push(current.info.event(PivotState::Held));
         }
@@ -365,6 +404,7 @@ impl Jobs {
         passes("answer", "before");
         let Some(current) = &mut self.pivoting.current else { return };
         current.info.state = state;
+        current.deadline = None;
         let held = current.jobs.iter().filter_map(|(_, disk)| disks.held(*disk)).max();
         let over = matches!(state, PivotState::Pivoted | PivotState::Aborted);
         if over {
@@ -378,60 +418,6 @@ impl Jobs {
         if over {
             self.pivoting.current = None;
             self.pivoting.remember(info);
-        }
-    }
-}
-
-/// The parts of a beginning.
-impl Jobs {
-    fn join(&mut self, id: Uuid, asker: Asker, wish: Wish) -> Result<Option<PivotInfo>, Error> {
-        let info = self.query_pivot(Some(id))?;
-        match (info.state, &mut self.pivoting.current) {
-            (PivotState::Draining | PivotState::Held, Some(current)) => {
-                current.askers.push((asker, wish));
-                Ok(None)
-            }
-            _ => answer(info, wish).map(Some),
-        }
-    }
-
-    /// Indexes of the jobs, and their disks.
-    fn pivot_jobs(&self, ids: &[String]) -> Result<Vec<(usize, usize)>, Error> {
-        if ids.is_empty() || ids.len() > DISKS_MAX {
-            return Err(Error::invalid_parameter_value("jobs", "1 to 16 jobs"));
-        }
-        let mut jobs = Vec::new();
-        for id in ids {
-            let index = self.find(Family::BlockJob, id)?;
-            let entry = &self.entries[index];
-            let Work::Mirror { disk, attached: true, .. } = entry.work else {
-                return Err(Error::generic(format!("Job '{id}' is not a mirror that can be completed")));
-            };
-            if jobs.iter().any(|(known, _)| *known == index) {
-                return Err(Error::generic(format!("Job '{id}' is named twice")));
-            }
-            self.check_not_pivoting(index)?;
-            match entry.job.status() {
-                JobStatus::Pending if entry.job.pivots() => entry.job.check(Verb::Finalize),
-                JobStatus::Ready => entry.job.check(Verb::Complete),
-                status => Err(status.refuse(id, Verb::Complete)),
-            }
-            .map_err(|error| Error::generic(error.to_string()))?;
-            if entry.job.is_copying() {
-                return Err(Error::generic(format!("The active block job '{id}' cannot be completed")));
-            }
-            jobs.push((index, disk));
-        }
-        Ok(jobs)
-    }
-
-    fn pivot_disk(&self, index: usize, disk: usize, disks: &dyn Disks) -> PivotDisk {
-        let filename = |node: Option<NodeInfo>| node.map(|node| node.filename).unwrap_or_default();
-        PivotDisk {
-            device: disks.facts(disk).device,
-            job: self.entries[index].job.id().to_owned(),
-            source: filename(self.nodes.root(disk)),
-            target: filename(self.nodes.target(disk)),
         }
     }
 }

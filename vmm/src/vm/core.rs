@@ -124,6 +124,10 @@ impl Vm for Core {
 
     fn stop(&mut self, by: Holder) -> Result<(), VmError> {
         let mut pauses = self.pauses.clone();
+        // One that nobody has let run yet, or that an error has stopped, is not for an operation to start.
+        if by != Holder::User && !self.controller.state().is_live() && pauses.list().is_empty() {
+            pauses.add(Holder::User)?;
+        }
         pauses.add(by)?;
         let stopped = match self.controller.stop() {
             // As under QEMU's -S: stopped already, and still prelaunch.

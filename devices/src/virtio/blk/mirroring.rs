@@ -230,6 +230,8 @@ impl Mirroring {
             return Err(MirrorRefusal::Busy);
         }
         match order {
+            // It stands still as it is, and its owner is about to hear, or has heard, that it is quiesced.
+            MirrorOrder::Pause if is_quiesced(drive) => Ok(()),
             MirrorOrder::Pause => {
                 self.release(drive)?;
                 drive.pause()
@@ -249,7 +251,7 @@ impl Mirroring {
             }
             MirrorOrder::Release => self.release(drive),
             MirrorOrder::Switch => {
-                if !drive.mirror_status().is_some_and(|status| status.quiesced) {
+                if !is_quiesced(drive) {
                     return Err(MirrorRefusal::NotQuiesced);
                 }
                 self.ending = Some(End::Switch);
@@ -318,7 +320,9 @@ impl Mirroring {
             Err(MirrorRefusal::Busy) => Changed::Nothing,
             Err(error) => {
                 tracing::error!(%disk, %error, "The mirror does not end as it should");
-                *self = Self::default();
+                // One that was to switch may be decided: the guest must not go on with the source.
+                let holding = self.holding.filter(|_| end == End::Switch);
+                *self = Self { backup: self.backup, holding, ..Self::default() };
                 Changed::Nothing
             }
         }
@@ -343,7 +347,8 @@ impl Mirroring {
                     tell(MirrorReport::Quiesced);
                 }
                 MirrorEvent::Unfinished => {
-                    if self.ending.is_none() {
+                    // One that was reported as quiesced stays so for the guest, whatever has become of its target.
+                    if self.ending.is_none() && self.wanted.is_some() {
                         (self.preparation, self.holding, self.finishing) = (Preparation::Due, None, false);
                         // It stays wanted; there is no mirror to reopen only if it has ended.
                         let _ = drive.reopen();
@@ -352,6 +357,10 @@ impl Mirroring {
             }
         }
     }
+}
+
+fn is_quiesced(drive: &Drive) -> bool {
+    drive.mirror_status().is_some_and(|status| status.quiesced)
 }
 
 /// Lets the mirror work; when it has to be looked after again.

@@ -25,7 +25,7 @@ use block::{Completion, Drive, Engine, MirrorOptions};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::backend::{BlkError, BlkFacts, Command, Link, Reply};
-use super::mirroring::{self, Changed, Mirroring, Purpose};
+use super::mirroring::{self, Changed, MirrorOrder, Mirroring, Purpose};
 use super::policy::{DiskEvent, ErrorPolicy, EventSink, MirrorReport};
 use super::request::ID_BYTES;
 use super::session::{Host, Session};
@@ -296,6 +296,10 @@ impl Running {
                 self.ring_all();
             }
             Command::Mirror { order, reply } => {
+                if order == MirrorOrder::Detach {
+                    // One that has not begun yet: nobody wants it any more.
+                    self.waiters.retain(|waiter| !matches!(waiter, Waiter::StartCopy { .. }));
+                }
                 let done = self.mirroring.order(&mut self.drive, order);
                 self.ring_all();
                 if done.is_ok() && order.is_end() {

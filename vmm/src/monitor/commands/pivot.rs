@@ -16,6 +16,7 @@ use super::super::vm::BlockLayer;
 use super::nodes::source;
 use super::{Call, Command};
 use crate::jobs::nodes::NodeSource;
+use crate::jobs::pivot::PivotState;
 use crate::jobs::pivoting::{PivotDisk, PivotInfo, PivotRequest, WitnessState};
 
 pub(super) const COMMANDS: &[Command] = &[
@@ -71,7 +72,9 @@ fn pivot(call: &mut Call<'_>) -> Result<Value, Error> {
     let operation = operation(&mut call.args)?;
     let mut jobs = call.args.optional_strings("jobs")?.unwrap_or_default();
     jobs.extend(call.args.optional_string("job")?);
-    let witness = witness(call)?;
+    // Asked again, it is answered; its witness may be gone by now.
+    let is_known = call.vm.block().jobs.query_pivot(Some(operation.id))?.state != PivotState::None;
+    let witness = if is_known { None } else { witness(call)? };
     begin(call, PivotRequest { operation, jobs, witness })
 }
 

@@ -186,16 +186,14 @@ fn an_abort_in_time_leaves_the_disk_on_its_source() {
 fn a_witness_that_cannot_be_written_is_revoked_or_holds_the_guest() {
     let mut play = Play::ready(json!({}));
     let path = witness(&play);
-    let read_only = std::fs::File::open(&path).unwrap();
-    play.client.stream.send_with_fd(b" ".as_slice(), read_only.as_raw_fd()).unwrap();
-    play.lab.turn();
-    assert_eq!(play.ask("getfd", json!({"fdname": "w"})), "{}");
-    assert_eq!(pivot(&mut play, json!({"witness": "w"})), "PIVOT:draining");
+    assert_eq!(pivot(&mut play, json!({"witness": path})), "PIVOT:draining");
+    // Somebody writes over it, and nothing can be written to what is none.
+    std::fs::write(&path, "my only copy").unwrap();
     hears(&mut play, 0, Report::Quiesced);
     // The revocation may be tried before anybody has heard of the first failure.
     let told = [scribe_is_done(&mut play), scribe_is_done(&mut play)].concat();
     assert!(told.starts_with(&format!("PIVOT:undetermined Operation {ONE} is undetermined: ")), "{told}");
-    assert!(told.contains("(Cannot write the witness w: Bad file descriptor (os error 9))"), "{told}");
+    assert!(told.contains(&format!("({} is no witness", path.display())), "{told}");
     assert_eq!(play.orders(), ["0 Quiesce"], "guest I/O goes on");
     let info = query(&mut play);
     assert_eq!((&info["state"], &info["witness"]), (&json!("undetermined"), &json!("failed")));
@@ -385,4 +383,57 @@ fn a_client_that_leaves_changes_nothing_about_its_operation() {
         assert!(play.is_target());
         assert_eq!(verdict(&path), Some(Verdict::Pivoted));
     }
+}
+
+#[test]
+fn a_descriptor_that_a_decision_could_not_be_written_to_is_refused() {
+    let mut play = Play::ready(json!({}));
+    let path = witness(&play);
+    let mut options = std::fs::File::options();
+    let opened = [options.read(true).open(&path).unwrap(), options.append(true).open(&path).unwrap()];
+    for file in opened {
+        play.client.stream.send_with_fd(b" ".as_slice(), file.as_raw_fd()).unwrap();
+        play.lab.turn();
+        assert_eq!(play.ask("getfd", json!({"fdname": "w"})), "{}");
+        let told = pivot(&mut play, json!({"witness": "w"}));
+        assert_eq!(
+            told,
+            "Cannot use the witness w: It has to be open for reading and writing, and not for appending"
+        );
+    }
+    assert!(play.orders().is_empty());
+}
+
+#[test]
+fn nothing_is_held_without_end() {
+    let later = || Instant::now() + std::time::Duration::from_secs(61);
+    // A disk for another that does not come to rest.
+    let mut play = Play::ready(json!({}));
+    play.image("u", SIZE);
+    play.add("u");
+    play.mirror(json!({"job-id": "m1", "device": "disk1", "target": "u"}));
+    hears(&mut play, 1, Report::Ready);
+    play.ask("tarn-pivot", json!({"op": ONE, "gen": 1, "jobs": ["m0", "m1"]}));
+    assert_eq!(play.lab.vm.jobs.next_deadline(), None, "nobody is held yet");
+    hears(&mut play, 0, Report::Quiesced);
+    assert!(play.lab.vm.jobs.next_deadline().is_some());
+    let vm = &mut play.lab.vm;
+    vm.jobs.tick(&vm.disks, Instant::now());
+    assert_eq!(play.orders(), ["0 Quiesce", "1 Quiesce"]);
+    let vm = &mut play.lab.vm;
+    vm.jobs.tick(&vm.disks, later());
+    assert_eq!(play.orders(), ["0 Detach", "1 Detach"]);
+    // All, for a witness: somebody else may decide then.
+    let mut play = Play::ready(json!({}));
+    let path = witness(&play);
+    pivot(&mut play, json!({"witness": path}));
+    hears(&mut play, 0, Report::Quiesced);
+    let vm = &mut play.lab.vm;
+    vm.jobs.tick(&vm.disks, later());
+    let told = answered(&mut play);
+    assert!(told.contains("PIVOT:undetermined") && told.contains("(Guest I/O was held for 60 s)"), "{told}");
+    assert_eq!(query(&mut play)["state"], "undetermined");
+    play.client.send(&json!({"execute": "tarn-pivot-abort", "arguments": {"op": ONE, "gen": 1}}).to_string());
+    play.lab.turn();
+    assert_eq!(play.orders(), ["0 Quiesce", "0 Detach"]);
 }

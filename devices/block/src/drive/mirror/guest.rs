@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use super::flights::Flight;
-use super::{Bug, Mirror};
+use super::{Bug, Mirror, Phase};
 use crate::drive::options::{MirrorOperation, Side};
 use crate::drive::pool::{Loan, Pool};
 use crate::engine::{Completion, Operation, memory};
@@ -82,7 +82,10 @@ impl Mirror {
         self.guests.in_flight += 1;
         let Some(range) = changes(&operation, self.plan.images.size) else {
             match operation {
-                Operation::Flush if self.condition.is_active() => self.flush_both(token),
+                // A quiesced target is synced, and nothing was written since; an error of its would end the calm.
+                Operation::Flush if self.condition.is_active() && self.condition.phase != Phase::Quiesced => {
+                    self.flush_both(token);
+                }
                 _ => self.pass(token, operation),
             }
             return;
