@@ -84,6 +84,8 @@ pub(crate) enum Stranger {
     Cancel,
     /// Asks for the same pivot again, and for another one.
     Pivot,
+    /// Completes and finalizes every job, once all are ready.
+    Complete,
     /// Begins an operation on the same disks.
     Coordinator,
     /// Takes the lock away and recovers, while the first coordinator only sleeps.
@@ -239,6 +241,22 @@ fn strangers(quiet: &Cell, places: &[Place], random: &mut Random, cells: &mut Ve
         let (place, seed) = (Some(place.clone()), random.bits());
         cells.push(Cell { place, who, stranger: Some(stranger), seed, ..quiet.clone() });
     }
+    // Only who lives can tell that somebody else has moved the disks.
+    for place in places.iter().filter(|place| may_be_completed(quiet.recipe.protocol, place)) {
+        for who in [Who::Nobody, Who::Coordinator] {
+            let (place, seed) = (Some(place.clone()), random.bits());
+            cells.push(Cell { place, who, stranger: Some(Stranger::Complete), seed, ..quiet.clone() });
+        }
+    }
+}
+
+/// Under B a move that was not intended here cannot be taken for its outcome: the VM stops.
+fn may_be_completed(protocol: Protocol, place: &Place) -> bool {
+    let from: &[&str] = match protocol {
+        Protocol::A => &["journal.ready.", "journal.stop", "journal.pivot-intent.", "coordinator.pivot."],
+        Protocol::B => &["coordinator.complete.", "journal.commit."],
+    };
+    place.role == Role::Coordinator && from.iter().any(|prefix| place.name.starts_with(prefix))
 }
 
 fn random_place(places: &[Place], random: &mut Random) -> Place {

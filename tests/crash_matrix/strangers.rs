@@ -1,7 +1,8 @@
 //! Clients that know nothing of the operation, or too much.
 
 use std::error::Error;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use coordinator::{MonitorSession, journal};
 use serde_json::{Map, Value, json};
@@ -12,6 +13,7 @@ use crate::setup::Setup;
 
 /// For an answer that may wait for somebody who sleeps.
 const BRIEF: Duration = Duration::from_millis(50);
+const LOOK: Duration = Duration::from_millis(5);
 
 /// A client does something on the monitor; whether it is refused is the VMM's affair.
 pub(crate) fn interfere(setup: &Setup, stranger: Stranger) -> Result<(), Box<dyn Error>> {
@@ -27,6 +29,27 @@ pub(crate) fn interfere(setup: &Setup, stranger: Stranger) -> Result<(), Box<dyn
             for job in jobs.as_array().into_iter().flatten() {
                 let _ = ask("job-cancel", json!({"id": job["id"]}));
                 let _ = ask("block-job-cancel", json!({"device": job["id"], "force": true}));
+            }
+        }
+        Stranger::Complete => {
+            let began = Instant::now();
+            let is = |job: &Value, states: &[&str]| states.iter().any(|state| job["status"] == *state);
+            let jobs = ask("query-jobs", Value::Null)?.as_array().cloned().unwrap_or_default();
+            if jobs.len() != setup.recipe.disks || !jobs.iter().all(|job| is(job, &["ready", "pending"])) {
+                return Ok(());
+            }
+            for job in jobs.iter().filter(|job| is(job, &["ready"])) {
+                let _ = ask("job-complete", json!({"id": job["id"]}));
+            }
+            loop {
+                let jobs = ask("query-jobs", Value::Null)?.as_array().cloned().unwrap_or_default();
+                for job in jobs.iter().filter(|job| is(job, &["pending"])) {
+                    let _ = ask("job-finalize", json!({"id": job["id"]}));
+                }
+                if jobs.iter().all(|job| is(job, &["concluded"])) || began.elapsed() > PATIENCE {
+                    return Ok(());
+                }
+                thread::sleep(LOOK);
             }
         }
         Stranger::Pivot => {
