@@ -41,9 +41,11 @@ pub(super) fn run(args: RunArgs, global: &Global) -> anyhow::Result<u8> {
     if !args.software_kvm {
         host::refuse_software_kvm().map_err(with_advice)?;
     }
+    // What the VM calls its images is written down, and read by processes that are elsewhere.
+    spec = spec.with_absolute_paths().context("Cannot tell the current directory")?;
     let dir = RunDir::create(&spec.name)?;
     images::settle(&mut spec, args.force_stale_source)?;
-    dir.write_config(&spec.with_absolute_paths().context("Cannot tell the current directory")?)?;
+    dir.write_config(&spec)?;
     let patience = args.agent_timeout();
     if let Some(command) = args.exec {
         let plan = exec::Plan { command, input: !args.no_input, patience };

@@ -219,6 +219,10 @@ fn plan(disk: &DiskNow, id: &str, target: &Path, request: &Request) -> Result<Di
     if disk.read_only {
         return Err(format!("Disk '{id}' is read-only: it stays where it is"));
     }
+    if !disk.file.is_absolute() {
+        let file = disk.file.display();
+        return Err(format!("Disk '{id}' is {file}, and it cannot be told in which directory: give the VM a path from /"));
+    }
     let source = ImageId::of(&disk.file).map_err(because("look at the disk's image", &disk.file))?;
     let absolute = std::path::absolute(target).map_err(because("name the target", target))?;
     let parent = absolute.parent().unwrap_or(Path::new("/"));
@@ -268,4 +272,17 @@ fn check_space(directory: &Path, source: &ImageId) -> Result<(), String> {
         directory.display(),
         source.path.display()
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_whose_directory_only_the_vm_knows_is_not_guessed() {
+        let disk = DiskNow { id: "vda".into(), file: "Cargo.toml".into(), ..DiskNow::default() };
+        let request = Request::mirror([("vda", "/nowhere/x.raw")]);
+        let refused = plan(&disk, "vda", Path::new("/nowhere/x.raw"), &request).unwrap_err();
+        assert!(refused.contains("'vda' is Cargo.toml") && refused.contains("a path from /"), "{refused}");
+    }
 }

@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const PIVOT_PATIENCE: Duration = Duration::from_secs(300);
 
 /// A disk as it is now.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct DiskNow {
     pub(super) id: String,
     qdev: String,
