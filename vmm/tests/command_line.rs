@@ -375,11 +375,8 @@ fn a_disk_that_was_moved_is_run_from_where_it_is() {
     fs::write(state.witness(id), witness).unwrap();
     // It is in the witness.
     let (old, new) = (base.join("old.raw"), base.join("new.raw"));
-    let moved = format!(
-        "tarn: disk 'root': {}, which replaced {} by operation {id}\n",
-        new.display(),
-        old.display()
-    );
+    let moved =
+        format!("tarn: disk 'root': {}, which replaced {} by operation {id}\n", new.display(), old.display());
     let said = run("");
     assert!(said.contains("disks root have moved (witness: pivoted)"), "{said}");
     assert!(said.contains(&moved) && said.contains("tarn: Cannot run VM web"), "{said}");

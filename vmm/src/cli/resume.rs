@@ -1,6 +1,8 @@
 //! `tarn resume`.
 
+use anyhow::bail;
 use clap::Args;
+use coordinator::Map;
 
 use super::vm_name::{VmName, WITH_DISKS};
 
@@ -13,12 +15,29 @@ use super::vm_name::{VmName, WITH_DISKS};
 pub(super) struct ResumeArgs {
     #[command(flatten)]
     vm: VmName,
+    /// Also if an operation on its disks has paused it
+    #[arg(long)]
+    force: bool,
 }
 
 pub(super) fn run(args: &ResumeArgs) -> anyhow::Result<u8> {
     let mut monitor = args.vm.monitor()?;
     let status = monitor.execute("query-status", None, WITH_DISKS)?;
     let verb = if status["status"] == "suspended" { "system_wakeup" } else { "cont" };
-    monitor.execute(verb, None, WITH_DISKS)?;
-    Ok(0)
+    let forced =
+        (args.force && verb == "cont").then(|| Map::from_iter([("tarn-force".to_owned(), true.into())]));
+    let Err(error) = monitor.execute(verb, forced, WITH_DISKS) else { return Ok(0) };
+    // The refusal names what a client of the monitor would do.
+    let status = monitor.execute("tarn-query-status", None, WITH_DISKS).unwrap_or_default();
+    let mut holders = status["paused-by"].as_array().into_iter().flatten();
+    match holders.find_map(|holder| holder.as_str().filter(|holder| *holder != "user")) {
+        Some(operation) if error.refusal().is_some() => {
+            let name = &args.vm.name;
+            bail!(
+                "VM {name} is paused by operation {operation}, which lets it go on when it is done. If nobody is at it any \
+                 more, `tarn recover {name}` settles it; `tarn resume {name} --force` lets the VM go on now"
+            )
+        }
+        _ => Err(error.into()),
+    }
 }

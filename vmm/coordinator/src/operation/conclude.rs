@@ -11,21 +11,27 @@ use crate::disks::DurableDisks;
 use crate::durable;
 use crate::journal::{Consistency, Hold, Side, Stage};
 use crate::record::witness::Witness;
-use crate::resolve;
 use crate::stamp::Stamp;
+use crate::{SessionError, resolve};
 
 /// How long a job that was cancelled may take to leave.
 const LEAVING: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(50);
 
 impl Runner<'_> {
-    /// The targets are the disks: in the durable configuration before the guest goes on, then everywhere else.
+    /// The targets are the disks: in the durable configuration before the guest goes on, then everywhere else. A guest
+    /// does not wait for a configuration that cannot be written: the journal says the same, and outranks it.
     pub(super) fn conclude_target(&mut self) -> Result<(), Halt> {
         let (state, plan) = (self.journal.state_dir().clone(), self.plan());
         if !self.progress().is_configured() {
             let committed = DurableDisks::commit(&state, self.operation(), &plan);
-            committed.map_err(|error| Halt::Unknown(chain(&error)))?;
-            self.append(Stage::ConfigCommitted, json!({}))?;
+            let committed = committed.map_err(|error| Halt::Unknown(chain(&error)));
+            if let Err(halt) =
+                committed.and_then(|_| self.append(Stage::ConfigCommitted, json!({})).map(drop))
+            {
+                self.release()?;
+                return Err(halt);
+            }
         }
         self.release()?;
         let concluded = resolve::conclude_target(&mut self.journal, self.id, &mut self.warnings);
@@ -70,28 +76,61 @@ impl Runner<'_> {
         self.done()
     }
 
-    /// The guest goes on, and is thawed, where this operation stopped and froze it.
+    /// The guest goes on, and is thawed, where this operation stopped and froze it. That the one cannot be written down
+    /// does not keep the other from being done.
     pub(super) fn release(&mut self) -> Result<(), Halt> {
-        if self.progress().pause() != Hold::None {
-            let log = self.log();
-            let was_running = log.entry(Stage::StopIntent).and_then(|entry| entry.details.get("was-running"));
-            // A VM that knows of operations takes back this one's pause and no other.
-            if self.holder().is_some() || was_running != Some(&Value::Bool(false)) {
-                self.place("cont", "before")?;
-                self.vm.cont(self.holder())?;
-                self.place("cont", "done")?;
-            }
-            self.timeline.paused = self.paused_since.take().map(|since| since.elapsed());
-            self.append(Stage::Resumed, json!({}))?;
+        match self.resume_vm() {
+            Err(halt) if !matches!(halt, Halt::Journal(_)) => Err(halt),
+            resumed => self.thaw_guest().and(resumed),
         }
-        if self.progress().freeze() != Hold::None {
-            self.place("thaw", "before")?;
-            let details = self.thaw();
-            self.place("thaw", "done")?;
-            self.timeline.frozen = self.frozen_since.take().map(|since| since.elapsed());
-            self.append(Stage::Thawed, details)?;
+    }
+
+    fn resume_vm(&mut self) -> Result<(), Halt> {
+        if self.progress().pause() == Hold::None {
+            return Ok(());
+        }
+        self.place("cont", "before")?;
+        self.cont()?;
+        self.place("cont", "done")?;
+        self.timeline.paused = self.paused_since.take().map(|since| since.elapsed());
+        self.append(Stage::Resumed, json!({})).map(drop)
+    }
+
+    fn thaw_guest(&mut self) -> Result<(), Halt> {
+        if self.progress().freeze() == Hold::None {
+            return Ok(());
+        }
+        self.place("thaw", "before")?;
+        let details = self.thaw();
+        self.place("thaw", "done")?;
+        self.timeline.frozen = self.frozen_since.take().map(|since| since.elapsed());
+        self.append(Stage::Thawed, details).map(drop)
+    }
+
+    fn cont(&mut self) -> Result<(), SessionError> {
+        let log = self.log();
+        let was_running = log.entry(Stage::StopIntent).and_then(|entry| entry.details.get("was-running"));
+        // A VM that knows of operations takes back this one's pause and no other.
+        if self.holder().is_some() || was_running != Some(&Value::Bool(false)) {
+            self.vm.cont(self.holder())?;
         }
         Ok(())
+    }
+
+    /// What becomes of the guest when nothing can be written down any more. Before anything is decided it is held for
+    /// nothing: it goes on, without a record, and whoever settles the operation does the same once more.
+    pub(super) fn let_go(&mut self, halt: &Halt) {
+        let progress = self.progress();
+        if !matches!(halt, Halt::Journal(_)) || progress.decision().is_some() || progress.is_intended() {
+            return;
+        }
+        if progress.pause() != Hold::None {
+            // There is nobody to tell but who settles it.
+            let _ = self.cont();
+        }
+        if progress.freeze() != Hold::None {
+            self.thaw();
+        }
     }
 
     /// Thaws, and says what the freeze was worth. An agent that does not answer is not waited for without end: its lease

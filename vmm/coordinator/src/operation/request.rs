@@ -221,7 +221,9 @@ fn plan(disk: &DiskNow, id: &str, target: &Path, request: &Request) -> Result<Di
     }
     if !disk.file.is_absolute() {
         let file = disk.file.display();
-        return Err(format!("Disk '{id}' is {file}, and it cannot be told in which directory: give the VM a path from /"));
+        return Err(format!(
+            "Disk '{id}' is {file}, and it cannot be told in which directory: give the VM a path from /"
+        ));
     }
     let source = ImageId::of(&disk.file).map_err(because("look at the disk's image", &disk.file))?;
     let absolute = std::path::absolute(target).map_err(because("name the target", target))?;

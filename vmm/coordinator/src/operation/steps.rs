@@ -123,7 +123,7 @@ impl<'a> Runner<'a> {
         let progress = self.progress();
         if !progress.is_decided() && !progress.is_intended() {
             // What was held in between was held in vain.
-            self.release().map_err(|halt| self.unsettled(halt))?;
+            self.release().map_err(|halt| self.left(halt))?;
         }
         self.run()
     }
@@ -144,7 +144,7 @@ impl<'a> Runner<'a> {
     fn settle(mut self, reason: &str) -> Result<Recovery, OperationError> {
         let found = self.progress().last();
         let settled = self.settle_decision(reason);
-        settled.map_err(|halt| self.unsettled(halt))?;
+        settled.map_err(|halt| self.left(halt))?;
         self.finish()?;
         let operation = self.log();
         let moved = operation.progress.decision() == Some(Side::Target);
@@ -182,9 +182,9 @@ impl<'a> Runner<'a> {
                 Halt::Abort(reason) | Halt::Unknown(reason)
                     if progress.decision().is_none() && !progress.is_intended() =>
                 {
-                    self.abort_live(json!({"reason": reason})).map_err(|halt| self.unsettled(halt))?;
+                    self.abort_live(json!({"reason": reason})).map_err(|halt| self.left(halt))?;
                 }
-                halt => return Err(self.unsettled(halt)),
+                halt => return Err(self.left(halt)),
             }
         }
         Ok(())
@@ -507,7 +507,13 @@ impl Runner<'_> {
         failpoint::pass(["coordinator", step, point]).map_err(|error| Halt::Unknown(error.to_string()))
     }
 
-    pub(super) fn unsettled(&self, halt: Halt) -> OperationError {
+    /// The operation stays open.
+    fn left(&mut self, halt: Halt) -> OperationError {
+        self.let_go(&halt);
+        self.unsettled(halt)
+    }
+
+    fn unsettled(&self, halt: Halt) -> OperationError {
         let reason = match halt {
             Halt::Abort(reason) | Halt::Unknown(reason) => reason,
             Halt::Journal(error) => chain(&error),
