@@ -166,13 +166,13 @@ pub(super) fn begin<'a>(
     let mut disks: Vec<DiskPlan> = Vec::new();
     for (id, target) in &request.disks {
         let Some(disk) = now.iter().find(|disk| disk.is_named(id)) else {
-            let known: Vec<_> = now.iter().map(|disk| disk.id.as_str()).collect();
+            let known: Vec<_> = now.iter().map(DiskNow::name).collect();
             return refuse(format!("The VM has no disk '{id}'; it has {}", known.join(", ")));
         };
-        let plan = plan(disk, id, target, request).map_err(OperationError::Refused)?;
+        let plan = plan(disk, target, request).map_err(OperationError::Refused)?;
         if let Some(user) = now.iter().find(|other| plan.target.is_at(&other.file)) {
             let target = plan.target.path.display();
-            return refuse(format!("The target {target} is the image of disk '{}'", user.id));
+            return refuse(format!("The target {target} is the image of disk '{}'", user.name()));
         }
         if disks.iter().any(|other| other.disk == plan.disk || other.target.path == plan.target.path) {
             return refuse(format!("Disk '{id}' or its target is named twice"));
@@ -210,7 +210,8 @@ fn is_open(state: &StateDir, open: &OperationLog) -> String {
     )
 }
 
-fn plan(disk: &DiskNow, id: &str, target: &Path, request: &Request) -> Result<DiskPlan, String> {
+fn plan(disk: &DiskNow, target: &Path, request: &Request) -> Result<DiskPlan, String> {
+    let id = disk.name();
     let because = |what: &str, path: &Path| {
         let path = path.display().to_string();
         let what = what.to_owned();
@@ -284,7 +285,7 @@ mod tests {
     fn an_image_whose_directory_only_the_vm_knows_is_not_guessed() {
         let disk = DiskNow { id: "vda".into(), file: "Cargo.toml".into(), ..DiskNow::default() };
         let request = Request::mirror([("vda", "/nowhere/x.raw")]);
-        let refused = plan(&disk, "vda", Path::new("/nowhere/x.raw"), &request).unwrap_err();
+        let refused = plan(&disk, Path::new("/nowhere/x.raw"), &request).unwrap_err();
         assert!(refused.contains("'vda' is Cargo.toml") && refused.contains("a path from /"), "{refused}");
     }
 }

@@ -19,18 +19,29 @@ const PIVOT_PATIENCE: Duration = Duration::from_secs(300);
 #[derive(Clone, Debug, Default)]
 pub(super) struct DiskNow {
     pub(super) id: String,
-    qdev: String,
+    pub(super) qdev: String,
     pub(super) node: String,
     pub(super) file: PathBuf,
     pub(super) size: u64,
     pub(super) read_only: bool,
-    direct: bool,
+    pub(super) direct: bool,
 }
 
 impl DiskNow {
-    /// Users name the device, QEMU's newer ones by its path.
-    pub(super) fn is_named(&self, id: &str) -> bool {
-        self.id == id || self.node == id || self.qdev.split('/').any(|part| part == id)
+    /// The name by which it is known as long as the VM is configured in the same way, whatever image it works on. That of
+    /// its device; QEMU's newer ones have none but in a path.
+    pub(super) fn name(&self) -> &str {
+        if self.id.is_empty() { self.device().unwrap_or(&self.qdev) } else { &self.id }
+    }
+
+    /// The id of its device, if it was given one.
+    fn device(&self) -> Option<&str> {
+        self.qdev.strip_prefix("/machine/peripheral/")?.split('/').next()
+    }
+
+    /// Users name the device by its id or path. A node's name goes from one image to the other: it names no disk.
+    pub(super) fn is_named(&self, name: &str) -> bool {
+        !name.is_empty() && (self.id == name || self.device() == Some(name) || self.qdev == name)
     }
 }
 
@@ -105,7 +116,7 @@ impl VmSession {
     }
 
     pub(super) fn disk(&mut self, id: &str) -> Result<Option<DiskNow>, SessionError> {
-        Ok(self.disks()?.into_iter().find(|disk| disk.is_named(id)))
+        Ok(self.disks()?.into_iter().find(|disk| disk.name() == id))
     }
 
     /// Opens an image for a disk that is to work on it.
@@ -236,4 +247,30 @@ fn of(operation: &Operation) -> Map<String, Value> {
 
 fn named(operation: Option<Uuid>) -> Value {
     operation.map_or(Value::Null, |id| json!({"tarn-op": id}))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_named_by_its_device_and_not_by_its_image() {
+        let (with, without) =
+            ("/machine/peripheral/d0/virtio-backend", "/machine/peripheral-anon/device[0]/backend");
+        let cases = [
+            ("vda", with, "vda", &["vda", "d0", with][..]),
+            ("", with, "d0", &["d0", with]),
+            ("", without, without, &[without]),
+            ("", "", "", &[]),
+        ];
+        for (id, qdev, name, names) in cases {
+            let disk =
+                DiskNow { id: id.into(), qdev: qdev.into(), node: "node".into(), ..DiskNow::default() };
+            assert_eq!(disk.name(), name);
+            assert!(names.iter().all(|name| disk.is_named(name)), "{disk:?}");
+            for other in ["", "node", "machine", "peripheral", "virtio-backend", "vdb"] {
+                assert!(!disk.is_named(other), "{disk:?} {other}");
+            }
+        }
+    }
 }
