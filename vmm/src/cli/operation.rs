@@ -100,7 +100,7 @@ struct Disks {
     #[arg(long)]
     pause: bool,
     /// After how long the guest thaws itself, should nobody else do it
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = lease)]
     lease: Duration,
     /// Write over a target that is there
     #[arg(long)]
@@ -137,6 +137,14 @@ fn duration(text: &str) -> Result<Duration, String> {
     };
     let seconds = number.parse::<f64>().map_err(|error| error.to_string())? * factor;
     Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}
+
+/// How long a guest is frozen at most. The agent takes none for no limit.
+fn lease(text: &str) -> Result<Duration, String> {
+    duration(text).and_then(|lease| match lease.as_millis() {
+        0 => Err("a lease is at least 1ms".to_owned()),
+        _ => Ok(lease),
+    })
 }
 
 /// A name for `--protocol`.
@@ -333,6 +341,14 @@ mod tests {
         assert_eq!(duration("2m").unwrap(), Duration::from_secs(120));
         for wrong in ["50", "ms", "-1s", "1e3s", "s", ""] {
             assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_freeze_without_a_lease_cannot_be_asked_for() {
+        assert_eq!(lease("1ms").unwrap(), Duration::from_millis(1));
+        for wrong in ["0s", "0ms", "999us", "30"] {
+            assert!(lease(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -46,12 +46,14 @@ impl Freezer {
         self.session.execute(command, arguments, limit)
     }
 
-    /// Freezes; how many filesystems.
+    /// Freezes; how many filesystems. Never without a lease, which is what 0 ms would mean.
     pub(crate) fn freeze(&mut self, lease: Duration) -> Result<u64, SessionError> {
-        let lease = json!({"tarn-lease-ms": ms(lease)});
+        let lease = json!({"tarn-lease-ms": ms(lease).max(1)});
         self.frozen = true;
-        let frozen = self.ask("guest-fsfreeze-freeze", lease, FREEZE_PATIENCE)?;
-        Ok(frozen.as_u64().unwrap_or_default())
+        let frozen = self.ask("guest-fsfreeze-freeze", lease, FREEZE_PATIENCE);
+        // Then the guest is as it was: if it is frozen, then by somebody else, who is not done.
+        self.frozen = !frozen.as_ref().is_err_and(|error| error.refusal().is_some());
+        Ok(frozen?.as_u64().unwrap_or_default())
     }
 
     /// Thaws, whoever froze.

@@ -45,7 +45,7 @@ pub struct Settings {
     pub copy_mode: CopyMode,
     /// The pivot waits until the VM expects to hold the guest no longer than this.
     pub max_hold: Option<Duration>,
-    /// After which a frozen guest thaws itself.
+    /// After which a frozen guest thaws itself; at least a millisecond.
     pub lease: Duration,
 }
 
@@ -156,6 +156,9 @@ pub(super) fn begin<'a>(
     }
     if request.freeze && connection.agent.is_none() {
         return refuse("A guest without an agent cannot be frozen".to_owned());
+    }
+    if request.freeze && ms(request.settings.lease) == 0 {
+        return refuse("A guest is frozen for a time: its lease is at least 1 ms".to_owned());
     }
     // Looked at again below, when nobody else can begin one: its targets are in the way of everything else.
     if let Some(open) = journal::operations(state)?.last().filter(|last| last.is_open()) {

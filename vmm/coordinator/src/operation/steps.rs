@@ -338,15 +338,23 @@ impl<'a> Runner<'a> {
         }
         let flags = self.plan().flags;
         if flags.freeze && self.progress().freeze() == Hold::None {
-            self.append(Stage::FreezeIntent, json!({}))?;
-            self.place("freeze", "before")?;
             let agent = self.connection.agent.clone();
             let agent = agent.ok_or_else(|| Halt::Abort("The guest has no agent".to_owned()))?;
             let mut freezer = Freezer::connect(&agent)?;
+            self.append(Stage::FreezeIntent, json!({}))?;
+            self.place("freeze", "before")?;
             self.frozen_since = Some(Instant::now());
             let frozen = freezer.freeze(self.settings.lease);
             self.freezer = Some(freezer);
-            let filesystems = frozen?;
+            let filesystems = match frozen {
+                // Nothing to thaw, and not by this operation.
+                Err(error) if error.refusal().is_some() => {
+                    (self.freezer, self.frozen_since) = (None, None);
+                    self.append(Stage::Thawed, json!({"by": "refused"}))?;
+                    return Err(error.into());
+                }
+                frozen => frozen?,
+            };
             self.place("freeze", "done")?;
             self.append(Stage::Frozen, json!({"filesystems": filesystems}))?;
         }

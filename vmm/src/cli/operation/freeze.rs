@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::super::output;
 use super::super::vm_name::{VmName, WITH_DISKS};
-use super::duration;
+use super::lease;
 
 /// Freeze the filesystems of a VM's guest
 ///
@@ -19,7 +19,7 @@ pub(in super::super) struct FreezeArgs {
     #[command(flatten)]
     vm: VmName,
     /// After how long the guest thaws itself
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = lease)]
     lease: Duration,
     /// Tell in JSON
     #[arg(long)]
