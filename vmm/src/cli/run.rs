@@ -44,7 +44,7 @@ pub(super) fn run(args: RunArgs, global: &Global) -> anyhow::Result<u8> {
     // What the VM calls its images is written down, and read by processes that are elsewhere.
     spec = spec.with_absolute_paths().context("Cannot tell the current directory")?;
     let dir = RunDir::create(&spec.name)?;
-    images::settle(&mut spec, args.force_stale_source)?;
+    images::settle(&mut spec, &args.force_stale_source)?;
     dir.write_config(&spec)?;
     let patience = args.agent_timeout();
     if let Some(command) = args.exec {

@@ -115,9 +115,17 @@ pub struct RunArgs {
     #[arg(long, value_name = "SECONDS", help_heading = "Policies")]
     thaw_grace: Option<u32>,
 
-    /// Boot the images as they are configured, also one that another has replaced or that was never complete
-    #[arg(long, help_heading = "Policies")]
-    pub(super) force_stale_source: bool,
+    /// Boot the image that a disk is configured with, also one that another has replaced or that was never complete; of
+    /// all disks, if none is named
+    #[arg(
+        long,
+        value_name = "DISK",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "",
+        help_heading = "Policies"
+    )]
+    pub(super) force_stale_source: Vec<String>,
 
     /// Set by --detach: this is the process in the background
     #[arg(long, hide = true, requires = "detach")]

@@ -11,35 +11,63 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use coordinator::StateDir;
 use coordinator::disks::DurableDisks;
 use coordinator::journal::{JournalError, Side};
 use coordinator::resolve::{ResolveError, Resolved, Resolver};
 use coordinator::stamp::{self, Stamp, StampKind};
+use coordinator::{StateDir, StateDirError};
 
 use crate::cli::output;
 use crate::config::{DiskSpec, VmSpec};
 
 const FORCE: &str = "--force-stale-source";
 
+/// Where block devices have their stamps for all users, if this one has no place of its own.
+const SYSTEM: &str = "/var/lib/tarn";
+
 /// Resolves what the VM left open when it last ended, gives each disk the image that it has by now, and refuses images
-/// that are not to be booted, unless `force`.
-pub(super) fn settle(spec: &mut VmSpec, force: bool) -> anyhow::Result<()> {
-    let state = match StateDir::of(&spec.name) {
-        Ok(state) => state,
-        Err(error) => {
-            tracing::warn!("What was decided about the disks of VM {} is not looked for: {error}", spec.name);
-            return Ok(());
-        }
+/// that are not to be booted. Disks that are named in `force`, or all if one of the names is empty, keep the image that
+/// they are configured with.
+pub(super) fn settle(spec: &mut VmSpec, force: &[String]) -> anyhow::Result<()> {
+    let is_unknown = |name: &&String| !name.is_empty() && spec.disks.iter().all(|disk| disk.id != **name);
+    if let Some(name) = force.iter().find(is_unknown) {
+        bail!("{FORCE}={name}: VM {} has no disk of that id", spec.name);
+    }
+    let lines = match StateDir::of(&spec.name) {
+        Ok(state) => settle_in(&state, spec, force)?,
+        Err(error) => settle_without_state(error, spec, force)?,
     };
-    for line in settle_in(&state, spec, force)? {
+    for line in lines {
         output::complain(&line);
     }
     Ok(())
 }
 
+/// Nobody knows what was decided about these disks: none may be written to.
+fn settle_without_state(
+    error: StateDirError,
+    spec: &VmSpec,
+    force: &[String],
+) -> anyhow::Result<Vec<String>> {
+    if let Some(disk) = spec.disks.iter().find(|disk| !disk.read_only) {
+        let (name, id) = (&spec.name, &disk.id);
+        let why = format!("Cannot start VM {name}: it cannot be told which image disk '{id}' has by now");
+        return Err(error).context(why);
+    }
+    let state = StateDir::below(Path::new(SYSTEM), &spec.name)?;
+    let disks = DurableDisks::default();
+    for disk in spec.disks.iter().filter(|disk| !is_forced(force, disk)) {
+        check_stamp(&state, &disks, disk)?;
+    }
+    Ok(vec![])
+}
+
+fn is_forced(force: &[String], disk: &DiskSpec) -> bool {
+    force.iter().any(|name| name.is_empty() || *name == disk.id)
+}
+
 /// The same, with what there is to say.
-fn settle_in(state: &StateDir, spec: &mut VmSpec, force: bool) -> anyhow::Result<Vec<String>> {
+fn settle_in(state: &StateDir, spec: &mut VmSpec, force: &[String]) -> anyhow::Result<Vec<String>> {
     let resolution = match Resolver::new().run(state) {
         Ok(resolution) => resolution,
         Err(ResolveError::Journal(error @ JournalError::Locked { .. })) => {
@@ -49,10 +77,11 @@ fn settle_in(state: &StateDir, spec: &mut VmSpec, force: bool) -> anyhow::Result
         Err(error) => return Err(error).context(format!("Cannot start VM {}", spec.name)),
     };
     let mut lines: Vec<String> = resolution.resolved.iter().flat_map(told).collect();
-    if force {
-        return Ok(lines);
-    }
     for disk in &mut spec.disks {
+        if is_forced(force, disk) {
+            lines.extend(why_stale(state, &resolution.disks, disk));
+            continue;
+        }
         lines.extend(replace(&resolution.disks, disk));
         check_stamp(state, &resolution.disks, disk)?;
         check_other_disks(&resolution.disks, disk)?;
@@ -91,9 +120,25 @@ fn replace(disks: &DurableDisks, disk: &mut DiskSpec) -> Option<String> {
     Some(line)
 }
 
+/// What would have been done about a disk whose user insists on its image.
+fn why_stale(state: &StateDir, disks: &DurableDisks, disk: &DiskSpec) -> Option<String> {
+    let replaced = |by: &Path| format!("{} took its place", by.display());
+    let found = disks.successor(&disk.id, &disk.path);
+    let found = found.or_else(|| disks.disks.keys().find_map(|other| disks.successor(other, &disk.path)));
+    let why = match (found, Stamp::read(state, &disk.path)) {
+        (Some(found), _) => replaced(&found.by.path),
+        (None, Ok(None)) => return None,
+        (None, Ok(Some(Stamp { kind: StampKind::Superseded { by }, .. }))) => replaced(&by),
+        (None, Ok(Some(stamp))) if disks.is_current(&disk.path, stamp.operation.id) => return None,
+        (None, Ok(Some(_))) => "it is not complete".to_owned(),
+        (None, Err(error)) => format!("its stamp makes no sense: {error}"),
+    };
+    Some(format!("disk '{}': boots {}, although {why} ({FORCE})", disk.id, disk.path.display()))
+}
+
 fn check_stamp(state: &StateDir, disks: &DurableDisks, disk: &DiskSpec) -> anyhow::Result<()> {
     let (id, path) = (&disk.id, disk.path.display());
-    let instead = format!("to boot it all the same, add {FORCE}");
+    let instead = format!("to boot it all the same, add {FORCE}={id}");
     let stamp = Stamp::read(state, &disk.path);
     let Some(Stamp { kind, operation, vm }) = stamp
         .with_context(|| format!("Disk '{id}': it cannot be told whether {path} may be booted; {instead}"))?
@@ -135,7 +180,7 @@ fn refuse_superseded(disk: &DiskSpec, by: &Path, operation: &str) -> anyhow::Res
     let (id, path, by) = (&disk.id, disk.path.display(), by.display());
     bail!(
         "Disk '{id}': {path} was replaced by {by} in {operation}, and lacks what was written since. Use --disk {by},id={id}; \
-         to boot the old one all the same, add {FORCE}"
+         to boot the old one all the same, add {FORCE}={id}"
     )
 }
 
@@ -205,8 +250,13 @@ mod tests {
 
         /// What is said, and the images that are booted.
         fn settle(&self, disks: &[&str], force: bool) -> Result<(String, Vec<PathBuf>), String> {
+            self.settle_but(disks, if force { &[""] } else { &[] })
+        }
+
+        fn settle_but(&self, disks: &[&str], force: &[&str]) -> Result<(String, Vec<PathBuf>), String> {
             let mut spec = self.spec(disks);
-            let lines = settle_in(&self.state, &mut spec, force).map_err(|error| format!("{error:#}"))?;
+            let force: Vec<String> = force.iter().map(|&name| name.to_owned()).collect();
+            let lines = settle_in(&self.state, &mut spec, &force).map_err(|error| format!("{error:#}"))?;
             Ok((lines.join("\n"), spec.disks.into_iter().map(|disk| disk.path).collect()))
         }
     }
@@ -235,7 +285,45 @@ mod tests {
         // From now on only what is of interest is said; a configuration that names the new one is right.
         assert_eq!(lab.settle(&[OLD], false).unwrap(), (moved, vec![new.clone()]));
         assert_eq!(lab.settle(&["DIR/new.raw,id=vda"], false).unwrap(), (String::new(), vec![new]));
-        assert_eq!(lab.settle(&[OLD], true).unwrap(), (String::new(), vec![old]));
+        let stale = format!(
+            "disk 'vda': boots {}, although {} took its place (--force-stale-source)",
+            old.display(),
+            lab.path("new.raw").display()
+        );
+        assert_eq!(lab.settle(&[OLD], true).unwrap(), (stale.clone(), vec![old.clone()]));
+        // One that needs it does not take the others along.
+        fs::write(lab.path("x.raw"), "").unwrap();
+        fs::write(lab.path("x.raw.stamp"), "nonsense").unwrap();
+        let both = [OLD, "DIR/x.raw,id=vdb"];
+        let (said, booted) = lab.settle_but(&both, &["vdb"]).unwrap();
+        assert!(said.contains("'vdb': boots ") && said.contains("its stamp makes no sense"), "{said}");
+        assert_eq!(booted, [lab.path("new.raw"), lab.path("x.raw")]);
+        assert!(lab.settle_but(&both, &["vda"]).is_err());
+        assert_eq!(lab.settle_but(&both[..1], &["vda"]).unwrap(), (stale, vec![old]));
+    }
+
+    #[test]
+    fn without_a_place_for_what_lasts_a_disk_is_read_at_most_and_not_if_it_is_stamped() {
+        let lab = Lab::new();
+        let settle = |disk: &str| {
+            settle_without_state(StateDirError::NoBase, &lab.spec(&[disk]), &[])
+                .map_err(|error| format!("{error:#}"))
+        };
+        let refused = settle(OLD).unwrap_err();
+        assert!(refused.contains("disk 'vda'") && refused.contains("set TARN_STATE_DIR,"), "{refused}");
+        let read_only = format!("{OLD},ro");
+        assert_eq!(settle(&read_only).unwrap(), Vec::<String>::new());
+        let operation = Operation { id: ID, generation: 1, epoch: 1 };
+        let stamp = Stamp { kind: StampKind::Incomplete, operation, vm: "web".into() };
+        stamp.write(&lab.state, &lab.path("old.raw")).unwrap();
+        assert!(settle(&read_only).unwrap_err().contains("is not complete"));
+    }
+
+    #[test]
+    fn only_a_disk_that_is_there_is_forced() {
+        let mut spec = Lab::new().spec(&[OLD]);
+        let refused = super::settle(&mut spec, &["vdx".to_owned()]).unwrap_err().to_string();
+        assert_eq!(refused, "--force-stale-source=vdx: VM web has no disk of that id");
     }
 
     #[test]
@@ -251,7 +339,7 @@ mod tests {
             let new = lab.path("new.raw");
             let expected = format!(
                 "Disk 'vda': {new} is not complete: operation {ID} of VM web was copying to it. If it is complete by other \
-                 means, remove the stamp: rm {new}.stamp; to boot it all the same, add --force-stale-source",
+                 means, remove the stamp: rm {new}.stamp; to boot it all the same, add --force-stale-source=vda",
                 new = new.display()
             );
             assert_eq!(refused, expected);
