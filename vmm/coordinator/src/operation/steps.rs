@@ -133,7 +133,15 @@ impl<'a> Runner<'a> {
             let text = format!("Operation {} is decided: its targets are the disks", self.id);
             return Err(OperationError::Refused(text));
         }
-        self.settle("It was aborted by its user")
+        let id = self.id;
+        let recovery = self.settle("It was aborted by its user")?;
+        match &recovery.operation {
+            Some(operation) if operation.outcome() == Outcome::Pivoted => {
+                let text = format!("Operation {id} was past that: its disks have moved, and it is finished");
+                Err(OperationError::Refused(text))
+            }
+            _ => Ok(recovery),
+        }
     }
 
     pub(super) fn recover(self) -> Result<Recovery, OperationError> {
