@@ -26,6 +26,7 @@ use coordinator::journal::{Protocol, Stage};
 use coordinator::operation::{
     Connection, Copying, Observer, OperationError, Recovery, Report, Request, Timeline,
 };
+use coordinator::resolve::ResolveError;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use uuid::Uuid;
 
@@ -235,7 +236,9 @@ fn fail(target: &Target, error: OperationError) -> anyhow::Result<u8> {
             warn(warnings);
             (ABORTED, "aborted")
         }
-        OperationError::Unsettled { .. } => (UNSETTLED, "unsettled"),
+        // What is written down is not what its user chose.
+        OperationError::Resolve(ResolveError::Decided { .. }) => (FAILURE, "refused"),
+        OperationError::Unsettled { .. } | OperationError::Resolve(_) => (UNSETTLED, "unsettled"),
         _ => (FAILURE, "refused"),
     };
     let text = format!("{:#}", anyhow::Error::new(error));

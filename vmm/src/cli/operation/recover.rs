@@ -2,7 +2,7 @@
 
 use clap::{Args, ValueEnum};
 use coordinator::journal::Side;
-use coordinator::operation::{self, Liveness, OperationError};
+use coordinator::operation::{self, Liveness};
 use coordinator::resolve::Resolver;
 
 use super::super::output;
@@ -64,10 +64,6 @@ pub(in super::super) fn run(args: &RecoverArgs) -> anyhow::Result<u8> {
     let liveness = if dead { Liveness::Dead } else { Liveness::Alive(target.connection()?) };
     match operation::recover(&state, &liveness, &mut target.observer()) {
         Ok(recovery) => tell_recovery(target, &recovery),
-        Err(error @ OperationError::Resolve(_)) => {
-            fail(target, error)?;
-            Ok(super::UNSETTLED)
-        }
         Err(error) => fail(target, error),
     }
 }
