@@ -160,6 +160,10 @@ pub(super) fn begin<'a>(
     if request.freeze && ms(request.settings.lease) == 0 {
         return refuse("A guest is frozen for a time: its lease is at least 1 ms".to_owned());
     }
+    if request.kind == OperationKind::Mirror && request.disks.len() > 1 && !request.freeze && !request.pause {
+        let text = "Mirrors of several disks end one after the other: only with --pause or --freeze are they of one moment";
+        return refuse(text.to_owned());
+    }
     // Looked at again below, when nobody else can begin one: its targets are in the way of everything else.
     if let Some(open) = journal::operations(state)?.last().filter(|last| last.is_open()) {
         return refuse(is_open(state, open));

@@ -8,7 +8,7 @@ use super::{Disks, Target, carry_out};
 
 /// Copy disks of a running VM, as they are when the copy is complete
 ///
-/// With several disks, `--pause` or `--freeze` makes the copies those of one moment.
+/// With several disks, `--pause` or `--freeze` makes the copies those of one moment; one of them is needed.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  tarn mirror web disk0=/copies/root.raw --freeze")]
 pub(in super::super) struct MirrorArgs {
