@@ -28,12 +28,17 @@ fn boot<'a>(lab: &'a Lab, name: &'static str, sources: &[PathBuf; 2], more: &[&s
     lab.boot(name, &[&["--disk", &flags[0], "--disk", &flags[1]], more].concat())
 }
 
+/// The node of a target: called like its file.
+fn node(target: &Path) -> &str {
+    target.file_name().unwrap().to_str().unwrap()
+}
+
 /// Mirrors both disks until both mirrors are ready.
 fn mirror(monitor: &mut Monitor, targets: &[PathBuf; 2], mode: &str) {
     for (device, target) in ["a", "b"].into_iter().zip(targets) {
         let arguments = json!({
             "job-id": format!("m-{device}"), "device": device, "target": target, "sync": "full",
-            "mode": "existing", "format": "raw", "copy-mode": mode, "node-name": format!("t-{device}"),
+            "mode": "existing", "format": "raw", "copy-mode": mode, "node-name": node(target),
         });
         monitor.run_with("drive-mirror", &arguments);
     }
@@ -140,7 +145,7 @@ fn a_disk_is_reopened_on_its_mirror(lab: &Lab, vm: &mut Vm<'_>, monitor: &mut Mo
 fn pivot_without_end(monitor: &mut Monitor, vm: &Vm<'_>, lab: &Lab) -> String {
     let path = witness(lab, "witness");
     // The last sync of a target takes its time, and the drain with it.
-    monitor.run_with("tarn-fault-add", &json!({"node-name": "t-a", "op": "flush", "delay-ms": 3000}));
+    monitor.run_with("tarn-fault-add", &json!({"node-name": "target-a", "op": "flush", "delay-ms": 3000}));
     let socket = vm.socket("monitor.sock");
     let arguments = json!({"op": ONE, "gen": 1, "jobs": ["m-a", "m-b"], "witness": path});
     let asking = std::thread::spawn(move || {
@@ -150,7 +155,7 @@ fn pivot_without_end(monitor: &mut Monitor, vm: &Vm<'_>, lab: &Lab) -> String {
     eventually("the pivot to begin", || (query(monitor, ONE)["state"] == "draining").then_some(()));
     std::fs::write(&path, "my only copy").unwrap();
     let error = asking.join().unwrap();
-    monitor.run_with("tarn-fault-remove", &json!({"node-name": "t-a"}));
+    monitor.run_with("tarn-fault-remove", &json!({"node-name": "target-a"}));
     error
 }
 
@@ -189,6 +194,7 @@ fn a_vm_that_ends_in_the_middle_of_a_pivot_leaves_both_images_the_same() {
     let mut vm = boot(&lab, "quit", &sources, &[]);
     let mut monitor = vm.monitor();
     vm.sh(WRITER);
+    eventually("some blocks", || (vm.try_sh("test $(cat /tmp/so-far) -gt 5").0 == 0).then_some(()));
     mirror(&mut monitor, &targets, "background");
     pivot_without_end(&mut monitor, &vm, &lab);
     monitor.run("quit");

@@ -53,7 +53,7 @@ fn one_life(lab: &Lab, program: &Path, life: u64, seed: &mut u64) -> u64 {
     for attempt in 0..=COORDINATORS {
         let targets = [0, 1].map(|disk| image(&format!("to{attempt}"), disk));
         let mut coordinator = begin(lab, name, &targets, seed);
-        std::thread::sleep(Duration::from_millis(random(seed) % 1500));
+        std::thread::sleep(Duration::from_millis(random(seed) % 3000));
         if attempt == COORDINATORS {
             vm.kill();
         }

@@ -3,7 +3,7 @@
 use std::fs::read;
 use std::path::Path;
 
-use super::{json, stage, to};
+use super::{json, to};
 use crate::block_cases::{Disk, Qemu, place};
 use crate::harness::{Lab, eventually, run, shell};
 
@@ -63,11 +63,10 @@ fn a_coordinator_dies_while_it_copies(lab: &Lab, qemu: &mut Qemu, sockets: &[Str
     let third = lab.path("third.raw");
     let moved = to("d0", &third);
     let pivot = ["pivot", "q", &moved, "--protocol", "b", "--copy-mode", "write-blocking"];
+    let last = || json(lab, &["op", "show", "q"])["id"].take();
+    let before = last();
     let mut coordinator = super::coordinate(lab, &arguments(&pivot, sockets));
-    eventually("an operation that has begun", || {
-        let stage = stage(lab, "q");
-        matches!(stage.as_str(), "prepared" | "mirroring" | "ready" | "complete-intent").then_some(())
-    });
+    eventually("an operation that has begun", || (last() != before).then_some(()));
     coordinator.kill().unwrap();
     coordinator.wait().unwrap();
     let recovered = json(lab, &arguments(&["recover", "q"], sockets));
