@@ -24,7 +24,8 @@
 //! | file | holds |
 //! |---|---|
 //! | `request.rs` | what is asked, and what can be refused before anything has changed |
-//! | `steps.rs` | the loop, and the steps up to the decision |
+//! | `steps.rs` | the loop, and what all steps stand on |
+//! | `copy.rs` | the copies, and how the guest is held for them |
 //! | `decide.rs` | the decision, protocols A and B |
 //! | `confirm.rs` | which images the VM works on, asked before anything is taken back |
 //! | `conclude.rs` | what follows from it, and how everything is given back |
@@ -32,6 +33,7 @@
 
 mod conclude;
 mod confirm;
+mod copy;
 mod decide;
 pub(crate) mod freeze;
 mod report;
@@ -140,7 +142,7 @@ impl Recovery {
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let run = std::path::Path::new("/run/tarn/db");
 /// let vm = Connection { monitor: run.join("monitor.sock"), agent: Some(run.join("agent.sock")) };
-/// let request = Request { freeze: true, ..Request::pivot([("vda", "/images/new.raw")]) };
+/// let request = Request { freeze: true, ..Request::pivot([("disk0", "/images/new.raw")]) };
 /// let report = operation::run(&StateDir::of("db")?, &vm, &request, &mut Silent)?;
 /// println!("{:?}, held for {:?}", report.consistency, report.timeline.held);
 /// # Ok(())

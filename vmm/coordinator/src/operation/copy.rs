@@ -1,0 +1,224 @@
+//! The copies: mirrors until they are ready, backups until they are complete, and how the guest is held for either.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::freeze::Freezer;
+use super::report::Copying;
+use super::steps::{Halt, Runner};
+use super::vm::{DiskNow, JobNow};
+use crate::journal::{Hold, OperationKind, Stage};
+
+/// How often a copy is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long a mirror may be above the longest hold before each write goes to both images, and before it is given up.
+const CONVERGE: Duration = Duration::from_secs(10);
+const NEVER_CONVERGES: Duration = Duration::from_secs(60);
+/// How long mirrors may take to end.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+impl Runner<'_> {
+    pub(super) fn mirror(&mut self) -> Result<(), Halt> {
+        let nodes = self.disks_now()?.into_iter().map(|disk| disk.node).collect::<Vec<_>>();
+        self.append(Stage::Mirroring, json!({"nodes": nodes}))?;
+        self.mirror_again()
+    }
+
+    /// Begins what does not run yet.
+    pub(super) fn mirror_again(&mut self) -> Result<(), Halt> {
+        self.copying_since.get_or_insert_with(Instant::now);
+        let (disks, jobs) = (self.disks_now()?, self.vm.jobs()?);
+        for (index, disk) in disks.iter().enumerate() {
+            let name = self.name(index);
+            if jobs.iter().any(|job| job.id == name) {
+                continue;
+            }
+            self.place("mirror", "before")?;
+            self.open_target(index, disk)?;
+            self.vm.mirror(&name, disk, &name, self.settings.copy_mode)?;
+            self.place("mirror", "done")?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn open_target(&mut self, index: usize, disk: &DiskNow) -> Result<(), Halt> {
+        let (name, plan) = (self.name(index), self.plan());
+        // One that another coordinator has opened, and not used.
+        match self.vm.remove_node(&name) {
+            Err(error) if error.refusal().is_none() => return Err(error.into()),
+            _ => {}
+        }
+        Ok(self.vm.add_node(&name, &plan.disks[index].target.path, disk)?)
+    }
+
+    pub(super) fn await_ready(&mut self) -> Result<(), Halt> {
+        loop {
+            let jobs = self.jobs_now()?;
+            if let Some(job) =
+                jobs.iter().find(|job| !matches!(job.status.as_str(), "created" | "running" | "ready"))
+            {
+                return Err(Halt::Abort(ended(job)));
+            }
+            self.tell(&jobs);
+            if jobs.iter().all(|job| job.status == "ready") {
+                break;
+            }
+            self.vm.await_event(LOOK)?;
+        }
+        self.timeline.copied = self.copying_since.map(|since| since.elapsed());
+        self.append(Stage::Ready, json!({})).map(drop)
+    }
+
+    /// Waits until the guest would not be held for too long.
+    fn converge(&mut self) -> Result<(), Halt> {
+        let Some(limit) = self.settings.max_hold else { return Ok(()) };
+        let (began, mut write_blocking) = (Instant::now(), false);
+        loop {
+            let jobs = self.jobs_now()?;
+            self.tell(&jobs);
+            let longest = jobs.iter().filter_map(|job| job.expected_hold).max().unwrap_or_default();
+            if longest <= limit {
+                return Ok(());
+            }
+            if began.elapsed() > NEVER_CONVERGES {
+                return Err(Halt::Abort(format!(
+                    "The guest writes so fast that it would have to be held for {longest:?}, and at most {limit:?} is wanted"
+                )));
+            }
+            if began.elapsed() > CONVERGE && !write_blocking {
+                for job in &jobs {
+                    self.vm.write_blocking(&job.id)?;
+                }
+                write_blocking = true;
+            }
+            self.vm.await_event(LOOK)?;
+        }
+    }
+
+    /// Freezes and stops, where that is wanted.
+    pub(super) fn hold_all(&mut self) -> Result<(), Halt> {
+        if self.plan().kind == OperationKind::Pivot {
+            self.converge()?;
+        }
+        let flags = self.plan().flags;
+        if flags.freeze && self.progress().freeze() == Hold::None {
+            let agent = self.connection.agent.clone();
+            let agent = agent.ok_or_else(|| Halt::Abort("The guest has no agent".to_owned()))?;
+            let mut freezer = Freezer::connect(&agent)?;
+            self.append(Stage::FreezeIntent, json!({}))?;
+            self.place("freeze", "before")?;
+            self.frozen_since = Some(Instant::now());
+            let frozen = freezer.freeze(self.settings.lease);
+            self.freezer = Some(freezer);
+            let filesystems = match frozen {
+                // Nothing to thaw, and not by this operation.
+                Err(error) if error.refusal().is_some() => {
+                    (self.freezer, self.frozen_since) = (None, None);
+                    self.append(Stage::Thawed, json!({"by": "refused"}))?;
+                    return Err(error.into());
+                }
+                frozen => frozen?,
+            };
+            self.place("freeze", "done")?;
+            self.append(Stage::Frozen, json!({"filesystems": filesystems}))?;
+        }
+        if flags.pause && self.progress().pause() == Hold::None {
+            let was_running = self.vm.is_running()?;
+            self.append(Stage::StopIntent, json!({"was-running": was_running}))?;
+            self.place("stop", "before")?;
+            self.paused_since = Some(Instant::now());
+            self.vm.stop(self.holder())?;
+            self.place("stop", "done")?;
+            self.append(Stage::Stopped, json!({}))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn back_up(&mut self) -> Result<(), Halt> {
+        let disks = self.disks_now()?;
+        self.append(Stage::Mirroring, json!({}))?;
+        let mut jobs = Vec::new();
+        for (index, disk) in disks.iter().enumerate() {
+            self.open_target(index, disk)?;
+            jobs.push((self.name(index), disk.node.clone(), self.name(index)));
+        }
+        self.copying_since = Some(Instant::now());
+        self.place("backup", "before")?;
+        self.vm.backup(&jobs)?;
+        self.place("backup", "done")?;
+        // The copy is of this moment: the guest goes on.
+        self.release()
+    }
+
+    pub(super) fn await_backup(&mut self) -> Result<(), Halt> {
+        loop {
+            let jobs = self.jobs_now()?;
+            self.tell(&jobs);
+            let is_over = |job: &JobNow| job.status == "concluded";
+            if let Some(job) = jobs.iter().find(|job| is_over(job) && job.error.is_some()) {
+                return Err(Halt::Abort(ended(job)));
+            }
+            if let Some(job) = jobs.iter().find(|job| matches!(job.status.as_str(), "paused" | "standby")) {
+                return Err(Halt::Abort(ended(job)));
+            }
+            if jobs.iter().all(is_over) {
+                self.timeline.copied = self.copying_since.map(|since| since.elapsed());
+                return Ok(());
+            }
+            self.vm.await_event(LOOK)?;
+        }
+    }
+
+    /// Each mirror ends as the copy it is at that moment.
+    pub(super) fn end_mirrors(&mut self) -> Result<(), Halt> {
+        let jobs = self.jobs_now()?;
+        // One that is pending, or about to be, was completed by another client: to finalize it would move the disk.
+        if let Some(job) = jobs.iter().find(|job| job.status != "ready") {
+            return Err(Halt::Abort(ended(job)));
+        }
+        for job in jobs {
+            self.vm.cancel(&job.id, false)?;
+        }
+        let began = Instant::now();
+        loop {
+            let jobs = self.jobs_now()?;
+            let is_stuck = |job: &&JobNow| matches!(job.status.as_str(), "paused" | "standby");
+            if let Some(job) = jobs.iter().find(is_stuck) {
+                return Err(Halt::Abort(ended(job)));
+            }
+            if began.elapsed() > PATIENCE {
+                return Err(Halt::Abort("The mirrors do not end".to_owned()));
+            }
+            for job in jobs.iter().filter(|job| job.status == "pending") {
+                self.vm.job("finalize", &job.id)?;
+            }
+            if let Some(job) = jobs.iter().find(|job| job.error.is_some()) {
+                return Err(Halt::Abort(ended(job)));
+            }
+            if jobs.iter().all(|job| job.status == "concluded") {
+                break;
+            }
+            self.vm.await_event(LOOK)?;
+        }
+        self.confirm_sources()?;
+        self.release()?;
+        self.conclude_copy()
+    }
+
+    fn tell(&mut self, jobs: &[JobNow]) {
+        self.observer.copying(&Copying {
+            done: jobs.iter().map(|job| job.done).sum(),
+            total: jobs.iter().map(|job| job.total).sum(),
+            remaining: jobs.iter().filter_map(|job| job.remaining).max(),
+            expected_hold: jobs.iter().filter_map(|job| job.expected_hold).max(),
+        });
+    }
+}
+
+fn ended(job: &JobNow) -> String {
+    match &job.error {
+        Some(error) => format!("Job '{}' failed: {error}", job.id),
+        None => format!("Job '{}' is {}: another client has meddled with it", job.id, job.status),
+    }
+}
