@@ -60,3 +60,14 @@ pub use protocol::{Error, ErrorClass, Event, Map, Reply};
 pub use run_base::run_base;
 pub use state_dir::{StateDir, StateDirError};
 pub use vm::{Executed, Frozen, Guest, Vm, VmError, VmOptions};
+
+/// An error and its causes, as one text.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}

@@ -18,7 +18,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::Args;
 use clap_complete::engine::ArgValueCompleter;
 use coordinator::StateDir;
@@ -304,12 +304,6 @@ fn tell_recovery(target: &Target, recovery: &Recovery) -> anyhow::Result<u8> {
     }
     warn(&recovery.warnings);
     Ok(0)
-}
-
-/// The command's name is not one of a VM's.
-fn one_name(name: Option<&str>) -> anyhow::Result<&str> {
-    let Some(name) = name else { bail!("Which VM? `tarn op list` names them") };
-    Ok(name)
 }
 
 /// Bytes for people.

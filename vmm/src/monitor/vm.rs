@@ -2,6 +2,7 @@
 
 use std::error::Error as StdError;
 
+use coordinator::chain;
 use protocol::{Error, Map};
 use uuid::Uuid;
 
@@ -116,16 +117,6 @@ pub enum VmError {
     /// It was tried and failed; the reply carries the whole chain.
     #[error("{}", chain(&**.0))]
     Failed(Box<dyn StdError + Send + Sync>),
-}
-
-fn chain(error: &dyn StdError) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
 
 impl From<VmError> for Error {

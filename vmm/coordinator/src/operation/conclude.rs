@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 
 use super::freeze::Freezer;
-use super::steps::{Halt, Runner, chain, is_untouched};
+use super::steps::{Halt, Runner, is_untouched};
 use super::vm::JobNow;
+use crate::chain;
 use crate::disks::DurableDisks;
 use crate::durable;
 use crate::journal::{Consistency, Hold, Side, Stage};

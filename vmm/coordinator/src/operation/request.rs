@@ -8,9 +8,10 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 
 use super::report::Observer;
-use super::steps::{Runner, chain};
+use super::steps::Runner;
 use super::vm::{DiskNow, VmSession};
 use super::{Connection, OperationError};
+use crate::chain;
 use crate::durable;
 use crate::journal::{
     self, DiskPlan, ImageId, Journal, OperationKind, OperationLog, Plan, PlanFlags, Protocol,

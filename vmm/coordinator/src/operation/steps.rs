@@ -19,7 +19,7 @@ use crate::journal::{
 use crate::record::Operation;
 use crate::record::witness::Witness;
 use crate::stamp::{Stamp, StampKind};
-use crate::{SessionError, failpoint};
+use crate::{SessionError, chain, failpoint};
 
 /// Why a step cannot be done.
 #[derive(Debug)]
@@ -346,17 +346,6 @@ fn map(value: Value) -> Map<String, Value> {
         Value::Object(map) => map,
         _ => Map::new(),
     }
-}
-
-/// An error and its causes.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
 
 impl From<SessionError> for Halt {

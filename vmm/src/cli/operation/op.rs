@@ -10,7 +10,7 @@ use coordinator::operation::{self, Connection};
 use uuid::Uuid;
 
 use super::super::output;
-use super::{Target, bytes, fail, finish, known_vms, one_name, tell_recovery};
+use super::{Target, bytes, fail, finish, known_vms, tell_recovery};
 
 /// List, show, go on with, or end operations on disks
 #[derive(Debug, Args)]
@@ -77,7 +77,7 @@ fn running(target: &Target) -> anyhow::Result<Connection> {
 
 fn list(name: Option<&str>, json: bool) -> anyhow::Result<u8> {
     let names = match name {
-        Some(name) => vec![one_name(Some(name))?.to_owned()],
+        Some(name) => vec![name.to_owned()],
         None => known_vms()?,
     };
     let mut all = Vec::new();

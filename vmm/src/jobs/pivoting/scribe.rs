@@ -5,6 +5,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::Duration;
 
+use coordinator::chain;
 use coordinator::record::Record;
 use coordinator::record::witness::{Verdict, Witness};
 use protocol::Error;
@@ -72,14 +73,4 @@ impl Scribe {
     pub(super) fn wait(&self) -> Option<Result<(), String>> {
         self.written.recv_timeout(TIMEOUT).ok()
     }
-}
-
-fn chain(error: &dyn StdError) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
