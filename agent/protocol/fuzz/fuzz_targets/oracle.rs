@@ -115,7 +115,8 @@ fn means_what_json_means(bytes: &[u8]) {
             assert!(alike(ours, &theirs), "{ours:?} is not {theirs:?}");
         }
         // Beyond the largest number by less than serde_json is off.
-        ([Item::Error(ParseError::NumberOutOfRange), ..], Ok(Strict(theirs))) if is_nearly_infinite(&theirs) => {}
+        ([Item::Error(ParseError::NumberOutOfRange), ..], Ok(Strict(theirs)))
+            if is_nearly_infinite(&theirs) => {}
         (ours, Ok(Strict(theirs))) => panic!("{ours:?} instead of {theirs:?}"),
         ([Item::Value(ours)], Err(error)) if whole && ours.is_object() => {
             // The dialect has strings that JSON has not: in single quotes, and with the NUL of modified UTF-8.
