@@ -29,7 +29,7 @@
 //! - Size and identity of a disk are its device's: a target that is larger is used as far as the source reaches, and
 //!   whether a switch to it is wanted is for the owner to say. Resizing a disk that is mirrored is not.
 //! - What a target lacks or loses never fails a guest's request, and never delays one while the mirror is paused or in
-//!   error. Only requests that were given to the target before wait for it.
+//!   error. Only requests that were given to the target before wait for it, until the mirror is given up.
 
 #![expect(unsafe_code, reason = "hands the caller's memory and the mirror's own to engines")]
 
@@ -162,11 +162,11 @@ impl Drive {
         self.source.node_filters()
     }
 
-    /// As [`Engine::set_throttled`], of both images.
-    pub fn set_throttled(&mut self, throttled: bool) {
-        self.source.set_throttled(throttled);
+    /// As [`Engine::set_throttled`], of the disk that the guest works on, and of the one it is mirrored to.
+    pub fn set_throttled(&mut self, source: bool, target: bool) {
+        self.source.set_throttled(source);
         if let Some(mirrored) = &mut self.mirror {
-            mirrored.target.set_throttled(throttled);
+            mirrored.target.set_throttled(target);
         }
     }
 
@@ -451,8 +451,24 @@ impl Drive {
         Ok(Former { engine: former, _core: core })
     }
 
-    /// Ends the mirror, whatever it has reached; the target is given back. What is under way must be over: close the gate,
-    /// [`Self::pause`], and wait for it.
+    /// Nobody wants the target any more: what is under way to it comes to its end, which the guest does not wait for, and
+    /// nothing is begun. [`Self::detach`] is to follow.
+    ///
+    /// # Errors
+    ///
+    /// [`MirrorRefusal::NotMirrored`].
+    pub fn give_up(&mut self) -> Result<(), MirrorRefusal> {
+        self.with_core(Mirror::give_up)
+    }
+
+    /// Whether nothing is under way but requests of the guest's that no other image is needed for. Once it is given up
+    /// that stays so.
+    pub fn is_left_to_the_guest(&self) -> bool {
+        self.mirror.as_ref().is_none_or(|mirrored| mirrored.core.is_left_to_the_guest())
+    }
+
+    /// Ends the mirror, whatever it has reached; the target is given back. What is under way must be over: [give it up](Self::give_up),
+    /// wait until it [is left to the guest](Self::is_left_to_the_guest), close the gate, and wait for the guest's.
     ///
     /// # Errors
     ///

@@ -9,6 +9,9 @@
 //!       └──────────────────────────┴────────────────────────────── quiesced ◀──── last pass, sync
 //! ```
 //!
+//! A detach from anywhere else lets the guest go on while what the mirror itself has under way comes to its end, for ever
+//! if the target does not answer; the gate is closed only for the guest's own last requests.
+//!
 //! A backup is started and detached in the same way; it is never quiesced, and [`MirrorReport::Ready`] says that it is
 //! complete.
 //!
@@ -258,9 +261,10 @@ impl Mirroring {
                 Ok(())
             }
             MirrorOrder::Detach => {
-                drive.pause()?;
-                self.wanted = None;
-                self.holding.get_or_insert_with(Instant::now);
+                if !is_quiesced(drive) {
+                    self.release(drive)?;
+                }
+                drive.give_up()?;
                 self.ending = Some(End::Detach);
                 Ok(())
             }
@@ -275,6 +279,10 @@ impl Mirroring {
     /// Does what can be done now; `drained` if no request of the guest's is in flight.
     pub(super) fn settle(&mut self, drive: &mut Drive, drained: bool, disk: &Arc<str>) -> Changed {
         if let Some(end) = self.ending {
+            // A target that does not answer is waited for with the gate open: only then is the guest's turn.
+            if self.holding.is_none() && drive.is_left_to_the_guest() {
+                self.holding = Some(Instant::now());
+            }
             return if drained { self.end(end, drive, disk) } else { Changed::Nothing };
         }
         let Some(limit) = self.wanted else { return Changed::Nothing };

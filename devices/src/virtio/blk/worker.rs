@@ -178,9 +178,8 @@ impl Running {
     fn work(&mut self) -> bool {
         let open = self.is_open();
         // Whoever waits for what is in flight does not wait for limits.
-        let awaited =
-            self.mirroring.is_holding() || self.mirroring.is_ending() || (!open && !self.is_drained());
-        self.drive.set_throttled(!awaited);
+        let awaited = self.mirroring.is_holding() || (!open && !self.is_drained());
+        self.drive.set_throttled(!awaited, !awaited && !self.mirroring.is_ending());
         if open {
             self.with_session(|session, host| session.take_requests(host));
         }

@@ -1,9 +1,9 @@
 //! Backups: what the guest is about to change is copied first.
 //!
 //! ```text
-//!   guest's write ─▶ all saved, or the backup has failed? ──yes──▶ source ─▶ done
-//!                          │ no                    ▲
-//!                          ▼                       │ a copy is over: look again
+//!   guest's write ─▶ all saved, or the backup is over? ──yes──▶ source ─▶ done
+//!                          │ no                  ▲
+//!                          ▼                     │ a copy is over: look again
 //!                    copies of what is dirty ─▶ held
 //! ```
 //!
@@ -59,7 +59,7 @@ impl Mirror {
 
     /// Whether a part of it may yet be read for the target.
     fn is_unsaved(&self, range: &Range<u64>) -> bool {
-        if matches!(self.condition.health, Health::Failed(_)) || self.has_bug(Bug::WriteBeforeCopy) {
+        if self.is_over() || self.has_bug(Bug::WriteBeforeCopy) {
             return false;
         }
         let dirty = self
@@ -86,11 +86,15 @@ impl Mirror {
         }
     }
 
-    /// The backup has failed: nothing has to be saved any more.
+    /// Nothing has to be saved any more.
+    fn is_over(&self) -> bool {
+        self.condition.given_up || matches!(self.condition.health, Health::Failed(_))
+    }
+
+    /// Lets go what is held, if it is over.
     pub(super) fn let_all_go(&mut self) {
-        if !matches!(self.condition.health, Health::Failed(_)) {
-            return;
+        if self.is_over() {
+            self.retry_held();
         }
-        self.retry_held();
     }
 }

@@ -13,9 +13,18 @@ impl Mirror {
         }
     }
 
+    /// Nobody wants the target any more, and the guest waits for it no more: nor for what the target has already.
+    pub(in crate::drive) fn give_up(&mut self) {
+        self.condition.given_up = true;
+        self.condition.paused = true;
+        self.unfinish();
+        self.leave_active();
+        self.abandon_active();
+    }
+
     /// Ends a pause, and tries again what was stopped by an error.
     pub(in crate::drive) fn resume(&mut self) {
-        self.condition.paused = false;
+        self.condition.paused = self.condition.given_up;
         if matches!(self.condition.health, Health::Stopped(_) | Health::Ailing(..)) {
             self.condition.health = Health::Well;
         }
@@ -75,6 +84,11 @@ impl Mirror {
     /// Whether nothing of the guest's or of the mirror's own is in flight.
     pub(in crate::drive) fn is_idle(&self) -> bool {
         self.flights.is_empty() && self.output.orders.is_empty()
+    }
+
+    /// Whether nothing is in flight but what concerns the source and the guest alone.
+    pub(in crate::drive) fn is_left_to_the_guest(&self) -> bool {
+        self.flights.are_the_guests()
     }
 
     /// Whether an idle mirror has everything back that it had lent or claimed.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::before::Held;
 use super::copier::Copy;
 use super::guest::{Active, Flush};
+use crate::drive::pool::Loan;
 
 pub(super) enum Flight {
     /// A guest's operation that concerns the source alone and changes nothing.
@@ -13,6 +14,8 @@ pub(super) enum Flight {
     Tracked { token: u64, range: Range<u64> },
     /// A guest's write that goes to both images.
     Active(Active),
+    /// An active write that is answered, because the mirror was given up: the target has it still.
+    Abandoned { bounce: Option<Loan> },
     /// A guest's flush that goes to both images.
     Flush(Flush),
     /// A guest's write that waits until what it changes is copied.
@@ -101,6 +104,23 @@ impl Flights {
     pub(super) fn end(&mut self, id: u32) {
         self.slots[id as usize] = Slot::Free;
         self.free.push(id);
+    }
+
+    /// The numbers of the active writes that the target has.
+    pub(super) fn active_at_target(&self) -> Vec<u32> {
+        let at_target =
+            |slot: &Slot| matches!(slot, Slot::Kept(Flight::Active(active)) if active.is_at_target());
+        (0..).zip(&self.slots).filter(|(_, slot)| at_target(slot)).map(|(id, _)| id).collect()
+    }
+
+    /// Whether none of them needs the target, or is a copy. A flush that does waits for a [`Flight::Sync`].
+    pub(super) fn are_the_guests(&self) -> bool {
+        self.slots.iter().all(|slot| match slot {
+            Slot::Kept(flight) => {
+                matches!(flight, Flight::Plain { .. } | Flight::Tracked { .. } | Flight::Flush(_))
+            }
+            Slot::Free | Slot::Taken => true,
+        })
     }
 
     /// Whether there is none.

@@ -22,11 +22,18 @@ pub(super) struct Active {
     pub(super) granted: bool,
     /// What it is copied to, once it has begun.
     bounce: Option<Loan>,
+    /// The source has it.
+    at_target: bool,
 }
 
 impl Active {
     pub(super) fn range(&self) -> &Range<u64> {
         &self.range
+    }
+
+    /// The source has it, and the target is yet to answer.
+    pub(super) fn is_at_target(&self) -> bool {
+        self.at_target
     }
 }
 
@@ -104,7 +111,7 @@ impl Mirror {
         if active && self.condition.is_active() {
             let id = self.flights.reserve();
             let granted = self.has_bug(Bug::ActiveWithoutClaim) || self.claims.claim(id, range.clone());
-            let active = Active { token, range, operation, granted, bounce: None };
+            let active = Active { token, range, operation, granted, bounce: None, at_target: false };
             self.flights.put(id, Flight::Active(active));
             self.guests.queue.push_back(id);
             self.settle();
@@ -137,12 +144,12 @@ impl Mirror {
             self.ledger.mark(range);
         }
         self.copier.wake();
-        self.answer(id, token, result);
+        self.flights.end(id);
+        self.answer(token, result);
     }
 
     /// An operation of the guest's is over.
-    pub(super) fn answer(&mut self, id: u32, token: u64, result: Result<(), Errno>) {
-        self.flights.end(id);
+    pub(super) fn answer(&mut self, token: u64, result: Result<(), Errno>) {
         self.guests.in_flight -= 1;
         self.output.completions.push(Completion { token, result });
     }
@@ -223,16 +230,22 @@ impl Mirror {
                 self.fail(Side::Target, MirrorOperation::Write, errno, range.start, false);
             }
         }
-        if let Some(loan) = active.bounce {
+        self.end_active(id, active.bounce);
+        // The guest does not hear of the target.
+        self.answer(active.token, if side == Side::Source { result } else { Ok(()) });
+    }
+
+    pub(super) fn end_active(&mut self, id: u32, bounce: Option<Loan>) {
+        if let Some(loan) = bounce {
             self.guests.bounce.give_back(loan);
         }
         self.release(id);
         self.copier.wake();
-        // The guest does not hear of the target.
-        self.answer(id, active.token, if side == Side::Source { result } else { Ok(()) });
+        self.flights.end(id);
     }
 
-    fn write_target(&mut self, id: u32, active: Active) {
+    fn write_target(&mut self, id: u32, mut active: Active) {
+        active.at_target = true;
         let Range { start: offset, end } = active.range;
         let operation = match (&active.operation, &active.bounce) {
             (Operation::Write { buffers, .. }, Some(loan)) => {
@@ -273,8 +286,21 @@ impl Mirror {
 
     fn flush_step(&mut self, id: u32, flush: Flush) {
         match flush {
-            Flush { token, source: Some(result), target: true } => self.answer(id, token, result),
+            Flush { token, source: Some(result), target: true } => {
+                self.flights.end(id);
+                self.answer(token, result);
+            }
             flush => self.flights.put(id, Flight::Flush(flush)),
+        }
+    }
+
+    /// What waits for the target alone waits no more: nobody will ever look at it.
+    pub(super) fn abandon_active(&mut self) {
+        for id in self.flights.active_at_target() {
+            if let Some(Flight::Active(Active { token, bounce, .. })) = self.flights.take(id) {
+                self.flights.put(id, Flight::Abandoned { bounce });
+                self.answer(token, Ok(()));
+            }
         }
     }
 

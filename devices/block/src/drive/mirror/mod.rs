@@ -111,6 +111,8 @@ enum Phase {
 struct Condition {
     mode: CopyMode,
     paused: bool,
+    /// The target is not wanted any more: paused for good.
+    given_up: bool,
     health: Health,
     ready: bool,
     phase: Phase,
@@ -198,6 +200,7 @@ impl Mirror {
             condition: Condition {
                 mode: if kind == Kind::Mirror { options.mode } else { CopyMode::Background },
                 paused: false,
+                given_up: false,
                 health: Health::Well,
                 ready: false,
                 phase: Phase::Running,
@@ -227,9 +230,13 @@ impl Mirror {
             return false;
         };
         match flight {
-            Flight::Plain { token } => self.answer(id, token, result),
+            Flight::Plain { token } => {
+                self.flights.end(id);
+                self.answer(token, result);
+            }
             Flight::Tracked { token, range } => self.tracked(id, token, &range, result),
             Flight::Active(active) => self.active_step(id, active, side, result),
+            Flight::Abandoned { bounce } => self.end_active(id, bounce),
             Flight::Flush(flush) => self.flushed(id, flush, result),
             Flight::Copy(copy) => self.copy_step(id, copy, result),
             Flight::Sync => self.synced(id, result),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::schedule::{Modes, Verdict, run};
+use super::schedule::{Modes, Verdict, run, run_until_target_hangs};
 use super::seed;
 use crate::drive::mirror::Bug;
 
@@ -44,6 +44,20 @@ fn a_mirror_may_change_its_mode_at_any_moment() {
 #[test]
 fn a_backup_is_what_the_disk_was_in_the_beginning_whatever_happens() {
     all_are_good(Modes::Backup);
+}
+
+#[test]
+fn a_guest_does_not_wait_for_a_target_that_is_given_up() {
+    for modes in [Modes::Background, Modes::WriteBlocking, Modes::Both, Modes::Backup] {
+        let (first, mut hung) = (seed(), 0);
+        for seed in first..first + schedules() {
+            let verdict = run_until_target_hangs(seed, modes);
+            assert!(verdict.is_good(), "{verdict:?} with {modes:?}: SEED={seed} SCHEDULES=1 shows it again");
+            hung += u64::from(verdict == Verdict::GivenUp);
+        }
+        println!("{modes:?}: {hung} hung");
+        assert!(hung > schedules() / 10, "{hung} hung with {modes:?}");
+    }
 }
 
 /// The mistakes, and where they show.

@@ -24,6 +24,8 @@ pub(super) enum Verdict {
     Switched,
     /// It kept the source, all equal and durable.
     Kept,
+    /// The target was given up while it had something to do.
+    GivenUp,
     /// The mirror has failed, as it was told to on errors.
     Failed,
     Diverged,
@@ -37,7 +39,7 @@ pub(super) enum Verdict {
 
 impl Verdict {
     pub(super) fn is_good(self) -> bool {
-        matches!(self, Self::Switched | Self::Kept | Self::Failed)
+        matches!(self, Self::Switched | Self::Kept | Self::GivenUp | Self::Failed)
     }
 }
 
@@ -89,6 +91,17 @@ struct Schedule {
 }
 
 pub(super) fn run(seed: u64, modes: Modes, bug: Option<Bug>) -> Verdict {
+    let (mut schedule, target_is_zero) = prepare(seed, modes, bug);
+    schedule.run(target_is_zero)
+}
+
+/// At some moment the target answers no more, and is given up.
+pub(super) fn run_until_target_hangs(seed: u64, modes: Modes) -> Verdict {
+    let (mut schedule, target_is_zero) = prepare(seed, modes, None);
+    schedule.give_up(target_is_zero)
+}
+
+fn prepare(seed: u64, modes: Modes, bug: Option<Bug>) -> (Schedule, bool) {
     let mut random = Random::of(seed);
     let sectors = 5 + random.below(12);
     let bytes = usize::try_from(sectors).unwrap() * SECTOR;
@@ -108,7 +121,7 @@ pub(super) fn run(seed: u64, modes: Modes, bug: Option<Bug>) -> Verdict {
     let drive = Drive::new(Engine::with_backend(disk, EngineKind::Threads, source.backend(), depth));
     let left = 6 + random.below(20);
     let hot = random.below(sectors);
-    Schedule {
+    let schedule = Schedule {
         random,
         bug,
         modes,
@@ -128,8 +141,8 @@ pub(super) fn run(seed: u64, modes: Modes, bug: Option<Bug>) -> Verdict {
         quiesced: false,
         guest_errors: 0,
         snapshot: Vec::new(),
-    }
-    .run(target_is_zero)
+    };
+    (schedule, target_is_zero)
 }
 
 impl Drop for Schedule {
@@ -179,6 +192,45 @@ impl Schedule {
             return Verdict::GuestTold;
         }
         self.end(verdict)
+    }
+
+    fn give_up(&mut self, target_is_zero: bool) -> Verdict {
+        if !self.attach(target_is_zero) {
+            return Verdict::Stuck;
+        }
+        for _ in 0..self.random.below(400) {
+            self.step(true);
+            if self.random.percent(1) {
+                self.finish();
+            }
+        }
+        self.drive.reopen().unwrap();
+        self.drive.give_up().unwrap();
+        // The guest goes on, with no step of the target's.
+        (self.gate, self.left) = (false, 8);
+        for _ in 0..STEPS {
+            self.request();
+            self.source.step();
+            self.reap();
+            self.advance();
+            if self.left == 0 && self.requests.is_empty() {
+                break;
+            }
+        }
+        if !self.requests.is_empty() {
+            return Verdict::Stuck;
+        }
+        if self.guest_errors > 0 {
+            return Verdict::GuestTold;
+        }
+        assert!(
+            !(self.target.is_busy() && self.drive.is_left_to_the_guest()),
+            "the target's work is forgotten"
+        );
+        let hung = self.target.is_busy();
+        self.gate = true;
+        let verdict = self.end(Verdict::Kept);
+        if hung && verdict == Verdict::Kept { Verdict::GivenUp } else { verdict }
     }
 
     /// Anything that can happen, happens.

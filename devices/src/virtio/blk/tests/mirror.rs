@@ -97,6 +97,37 @@ fn a_release_lets_the_guest_go_on_with_its_mirror_and_a_detach_without() {
 }
 
 #[test]
+fn who_gives_up_a_target_that_hangs_waits_for_it_and_the_guest_does_not() {
+    for mode in [CopyMode::Background, CopyMode::WriteBlocking] {
+        let mut rig = rig();
+        assert_eq!(rig.write(0, &[1; 4096]), OK);
+        let (target, faults) = (image(MIB), Faults::new().unwrap());
+        let disk = Disk::open(DiskOptions::path(target.path())).unwrap();
+        let engine = EngineOptions { faults: Some(faults.clone()), ..EngineOptions::default() };
+        let options = MirrorOptions { mode, ..MirrorOptions::default() };
+        rig.backend.start_mirror(disk, &engine, options).unwrap().wait(PATIENCE).unwrap();
+        let mut mirrored = Mirrored { rig, target };
+        assert_eq!(mirrored.report(), MirrorReport::Ready);
+        faults.hold();
+        // It goes to both images, or is copied at once.
+        mirrored.rig.send_write(8, &[2; 4096]);
+        await_that(|| faults.in_flight() > 0);
+        let ended = mirrored.rig.backend.mirror(MirrorOrder::Detach);
+        assert_eq!(mirrored.rig.wait(), OK);
+        for sector in 0..64 {
+            assert_eq!(mirrored.rig.write(8 * sector, &[3; 4096]), OK);
+        }
+        assert_eq!(mirrored.rig.flush(), OK);
+        mirrored.rig.backend.pause().wait(PATIENCE).unwrap();
+        mirrored.rig.backend.resume().wait(PATIENCE).unwrap();
+        faults.release();
+        ended.wait(PATIENCE).unwrap();
+        assert_eq!(mirrored.report(), MirrorReport::Detached);
+        assert_eq!(mirrored.rig.read(8, 512), [3; 512]);
+    }
+}
+
+#[test]
 fn a_pause_of_the_vm_passes_through_a_held_disk() {
     let mut mirrored = start(MirrorOptions::default());
     mirrored.quiesced();
