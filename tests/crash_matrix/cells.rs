@@ -142,7 +142,8 @@ pub(crate) fn scenarios(random: &mut Random) -> Vec<Cell> {
             for pause in [false, true] {
                 let write_blocking = random.below(2) == 0;
                 let freeze = pause && disks == 1;
-                let recipe = Recipe { protocol, disks, freeze, pause, write_blocking };
+                let reuse = disks == 1 && !pause || random.below(3) == 0;
+                let recipe = Recipe { protocol, disks, freeze, pause, write_blocking, reuse };
                 for fault in faults_of(protocol) {
                     cells.push(Cell::quiet(recipe, fault, random.bits()));
                 }

@@ -55,6 +55,10 @@ pub(crate) fn run(cell: &Cell, directory: &Path) -> Result<Findings, Failure> {
     fs::create_dir(setup.images())?;
     for disk in 0..cell.recipe.disks {
         fs::File::create_new(setup.source(disk))?.set_len(SIZE)?;
+        if cell.recipe.reuse {
+            fs::write(setup.target(disk), Setup::left_behind())?;
+            Setup::former().write(&setup.state(), &setup.target(disk))?;
+        }
     }
     let gate = Gate::new(&setup)?;
     let mut vmm = Process::start(&setup, "vmm", &armed(cell, Role::Vmm))?;
@@ -228,6 +232,11 @@ impl Run<'_> {
         }
         let promise = if self.cell.who.is_power() { Promise::Flushed } else { Promise::Acknowledged };
         verdict::boot(&self.setup, named, promise, &mut self.findings)?;
+        if self.cell.recipe.reuse && named == Side::Source {
+            let stamps_fail =
+                matches!(&self.cell.fault, Fault::Place { armed, .. } if armed.starts_with("stamp."));
+            verdict::left_behind(&self.setup, stamps_fail, &mut self.findings)?;
+        }
         // What was decided was not only in memory.
         let gone = self.cut_power().into_iter().filter(|file| !self.is_excused(file, named));
         let text: Vec<_> = gone.map(|file| format!("{file} was not synced")).collect();

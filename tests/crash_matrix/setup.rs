@@ -6,7 +6,10 @@ use block::{EngineKind, Errno, FaultOperation, FaultRule};
 use coordinator::StateDir;
 use coordinator::journal::Protocol;
 use coordinator::operation::{Connection, CopyMode, Request, Settings};
+use coordinator::record::Operation;
+use coordinator::stamp::{Stamp, StampKind};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::mistakes::Mistake;
 
@@ -24,6 +27,8 @@ pub(crate) struct Recipe {
     pub(crate) pause: bool,
     /// Writes of the guest go to both images while they are mirrored.
     pub(crate) write_blocking: bool,
+    /// The targets are there before, and another VM has left them behind.
+    pub(crate) reuse: bool,
 }
 
 /// An error of the target's.
@@ -83,6 +88,17 @@ impl Setup {
         self.images().join(format!("{}-new.raw", Self::disk(disk)))
     }
 
+    /// What a target holds that was there before.
+    pub(crate) fn left_behind() -> Vec<u8> {
+        vec![0xa5; usize::try_from(SIZE).expect("a small image")]
+    }
+
+    /// The stamp that it has: of an operation of another VM.
+    pub(crate) fn former() -> Stamp {
+        let operation = Operation { id: Uuid::from_u128(0xdb), generation: 7, epoch: 2 };
+        Stamp { kind: StampKind::Superseded { by: "/images/db.raw".into() }, operation, vm: "db".into() }
+    }
+
     pub(crate) fn log(&self) -> PathBuf {
         self.directory.join("guest.log")
     }
@@ -113,11 +129,11 @@ impl Setup {
     }
 
     pub(crate) fn request(&self) -> Request {
-        let Recipe { protocol, disks, freeze, pause, write_blocking } = self.recipe;
+        let Recipe { protocol, disks, freeze, pause, write_blocking, reuse } = self.recipe;
         let copy_mode = if write_blocking { CopyMode::WriteBlocking } else { CopyMode::Background };
         let pairs = (0..disks).map(|disk| (Self::disk(disk), self.target(disk)));
         let settings = Settings { copy_mode, ..Settings::default() };
-        Request { protocol, freeze, pause, settings, ..Request::pivot(pairs) }
+        Request { protocol, freeze, pause, reuse, settings, ..Request::pivot(pairs) }
     }
 }
 

@@ -20,7 +20,9 @@ pub(crate) fn interfere(setup: &Setup, stranger: Stranger) -> Result<(), Box<dyn
     let mut session = MonitorSession::connect(&setup.monitor(), PATIENCE)?;
     let mut ask = |command: &str, arguments: Value| {
         let arguments: Option<Map<String, Value>> = arguments.as_object().cloned();
-        session.execute(command, arguments.map(|arguments| arguments.into_iter().collect()), BRIEF)
+        // Nobody sleeps who would have to answer a question.
+        let limit = if command.contains("query-") { PATIENCE } else { BRIEF };
+        session.execute(command, arguments.map(|arguments| arguments.into_iter().collect()), limit)
     };
     match stranger {
         Stranger::Cont => drop(ask("cont", Value::Null)),

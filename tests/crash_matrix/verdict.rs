@@ -159,6 +159,26 @@ pub(crate) fn boot(
     Ok(())
 }
 
+/// Targets that were there before, and have not become disks: as they were, or stamped by the operation that has written
+/// to them.
+pub(crate) fn left_behind(setup: &Setup, stamps_fail: bool, findings: &mut Findings) -> Result<(), Failure> {
+    let last = journal::operations(&setup.state())?.pop();
+    let copied = last.as_ref().is_some_and(OperationLog::may_have_copied);
+    for disk in 0..setup.recipe.disks {
+        let target = setup.target(disk);
+        let as_before = fs::read(&target).is_ok_and(|image| image == Setup::left_behind());
+        let complaint = match Stamp::read(&setup.state(), &target)? {
+            Some(stamp) if stamp == Setup::former() => (!as_before).then_some("was written to"),
+            Some(stamp) if last.as_ref().is_some_and(|last| last.id() == stamp.operation.id) => {
+                (!copied && !stamps_fail).then_some("is stamped, and nothing was copied to it")
+            }
+            _ => Some("has lost its stamp"),
+        };
+        findings.wrong.extend(complaint.map(|complaint| format!("The target of disk {disk} {complaint}")));
+    }
+    Ok(())
+}
+
 /// A disk works on its source, then perhaps on its target, and never on the one after it has worked on the other.
 fn check_roots(index: usize, ledger: &Ledger, chosen: Side) -> Option<String> {
     let is_target: Vec<bool> = ledger.roots.iter().map(|root| *root == Root::Target).collect();

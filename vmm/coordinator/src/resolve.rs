@@ -385,10 +385,15 @@ pub fn conclude_target(
     Ok(())
 }
 
-/// After the decision for the sources: the targets stay stamped. A stamp that can be read may not last yet.
+/// After the decision for the sources: the targets stay stamped, but those that were there before and that nothing was
+/// copied to. A stamp that can be read may not last yet.
 fn keep_stamps(state: &StateDir, open: &OperationLog, warnings: &mut Vec<String>) {
-    for disk in &open.plan.disks {
+    for (index, disk) in open.plan.disks.iter().enumerate() {
         let target = &disk.target.path;
+        if !open.has_made(index) && !open.may_have_copied() {
+            warn(warnings, Stamp::uncover(state, target, &open.operation));
+            continue;
+        }
         match Stamp::read(state, target) {
             Ok(Some(stamp)) if stamp.operation.id == open.id() => warn(warnings, stamp.write(state, target)),
             Ok(_) => {}

@@ -5,6 +5,9 @@
 //!   source   no stamp ─────────────── the same, and it is to be retired ────────────▶ SUPERSEDED{operation, by}
 //! ```
 //!
+//! A target that was there before may have had a stamp of its own. The operation's covers it, and gives it back if the
+//! operation ends before anything was written to the image.
+//!
 //! It is a file `IMAGE.stamp` that holds one record: a raw image has no room of its own. A block device has its stamp in
 //! the directory `.stamps` beside the state directories, under what the kernel knows as the device's identity, or else
 //! its number, which may be another one after the machine has started again.
@@ -22,6 +25,9 @@ use crate::journal::{self, ImageId};
 use crate::record::{Damage, Operation, RECORD_MAX, Record, TooLong};
 use crate::state_dir::StateDir;
 
+/// The member of a stamp's payload that has the stamp which it covers.
+const COVERS: &str = "covers";
+
 /// Why a stamp cannot be read or set.
 #[derive(Debug, thiserror::Error)]
 pub enum StampError {
@@ -29,7 +35,7 @@ pub enum StampError {
     #[error(transparent)]
     File(#[from] DurableError),
     /// It holds no stamp.
-    #[error("{} is no stamp of an image", path.display())]
+    #[error("{} makes no sense as the stamp of an image", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -98,6 +104,11 @@ impl Stamp {
     /// # Errors
     /// [`StampError`].
     pub fn read(state: &StateDir, image: &Path) -> Result<Option<Self>, StampError> {
+        Ok(Self::read_whole(state, image)?.map(|(stamp, _)| stamp))
+    }
+
+    /// The stamp, and the one that it covers.
+    fn read_whole(state: &StateDir, image: &Path) -> Result<Option<(Self, Option<Self>)>, StampError> {
         let path = path_of(state, image);
         let file = match Durable::open_to_read(Role::Stamp, &path) {
             Ok(file) => file,
@@ -108,11 +119,15 @@ impl Stamp {
         file.read_at(&mut bytes, 0)?;
         let damaged = |source| StampError::Damaged { path: path.clone(), source };
         let (record, _) = Record::decode(&bytes).map_err(damaged)?;
-        Self::of(record).ok_or_else(|| damaged(Damage::Checksum)).map(Some)
+        let covered =
+            record.payload.get(COVERS).map(|covered| Self::from_json(covered).ok_or(Damage::Checksum));
+        let covered = covered.transpose().map_err(damaged)?;
+        let Record { kind, operation, payload, .. } = record;
+        let stamp = Self::of(kind, operation, &payload).ok_or_else(|| damaged(Damage::Checksum))?;
+        Ok(Some((stamp, covered)))
     }
 
-    fn of(record: Record) -> Option<Self> {
-        let Record { kind, operation, payload, .. } = record;
+    fn of(kind: u16, operation: Operation, payload: &Value) -> Option<Self> {
         let vm = payload.get("vm")?.as_str()?.to_owned();
         let by = || payload.get("by").and_then(Value::as_str).map(PathBuf::from);
         let kind = match kind {
@@ -123,12 +138,60 @@ impl Stamp {
         Some(Self { kind, operation, vm })
     }
 
+    /// As another stamp covers it.
+    fn to_json(&self) -> Value {
+        let Operation { id, generation, epoch } = self.operation;
+        let mut value = self.payload();
+        value["kind"] = self.kind.number().into();
+        value["operation"] = json!({"id": id, "generation": generation, "epoch": epoch});
+        value
+    }
+
+    fn from_json(value: &Value) -> Option<Self> {
+        let kind = value.get("kind")?.as_u64()?.try_into().ok()?;
+        let operation = value.get("operation")?;
+        let number = |name: &str| operation.get(name)?.as_u64();
+        let id = operation.get("id")?.as_str()?.parse().ok()?;
+        let operation = Operation { id, generation: number("generation")?, epoch: number("epoch")? };
+        Self::of(kind, operation, value)
+    }
+
     /// Stamps the image at `image`, in place of what stamp it has. It lasts when this returns.
     ///
     /// # Errors
     /// [`StampError`].
     pub fn write(&self, state: &StateDir, image: &Path) -> Result<(), StampError> {
-        self.put(state, image, durable::replace)
+        self.put(state, image, None, durable::replace)
+    }
+
+    /// Stamps an image that is there, over the stamp that it has, until [`uncover`](Self::uncover) brings that back. Once
+    /// more by the same operation changes nothing of what is covered.
+    ///
+    /// # Errors
+    /// [`StampError`]; [`StampError::Damaged`]: what would have to be brought back cannot be read.
+    pub(crate) fn cover(&self, state: &StateDir, image: &Path) -> Result<(), StampError> {
+        let covered = match Self::read_whole(state, image)? {
+            Some((known, covered)) if known.operation.id == self.operation.id => covered,
+            known => known.map(|(known, _)| known),
+        };
+        self.put(state, image, covered.as_ref(), durable::replace)
+    }
+
+    /// Takes back the stamp of an operation that has left the image as it was: what it covered is there again. It lasts
+    /// when this returns. A stamp that is not the operation's stays.
+    ///
+    /// # Errors
+    /// [`StampError`].
+    pub(crate) fn uncover(state: &StateDir, image: &Path, operation: &Operation) -> Result<(), StampError> {
+        match Self::read_whole(state, image)? {
+            Some((stamp, Some(covered))) if stamp.operation.id == operation.id => covered.write(state, image),
+            // Who brought it back may have died before that was to last.
+            Some((stamp, _)) if stamp.operation.id != operation.id => {
+                let file = Durable::open_to_read(Role::Stamp, &path_of(state, image))?;
+                Ok(file.sync_name()?)
+            }
+            _ => Self::remove(state, image, operation).map(drop),
+        }
     }
 
     /// Stamps an image that is to be made, and tells whether its operation had done so before.
@@ -144,7 +207,7 @@ impl Stamp {
         let found = Self::read(state, image)?;
         let had = found.as_ref().is_some_and(is_ours);
         match found {
-            None => self.put(state, image, durable::place_new)?,
+            None => self.put(state, image, None, durable::place_new)?,
             Some(stamp) if had || stamp.is_stale(state, image) => self.write(state, image)?,
             Some(stamp) => return Err(taken(stamp)),
         }
@@ -171,11 +234,12 @@ impl Stamp {
         &self,
         state: &StateDir,
         image: &Path,
+        covered: Option<&Self>,
         put: impl FnOnce(Role, &Path, &[u8], &str) -> Result<(), DurableError>,
     ) -> Result<(), StampError> {
-        let mut payload = json!({"vm": self.vm});
-        if let StampKind::Superseded { by } = &self.kind {
-            payload["by"] = by.to_string_lossy().into();
+        let mut payload = self.payload();
+        if let Some(covered) = covered {
+            payload[COVERS] = covered.to_json();
         }
         let record = Record { kind: self.kind.number(), sequence: 1, operation: self.operation, payload };
         let path = path_of(state, image);
@@ -185,6 +249,14 @@ impl Stamp {
             durable::make_directory(directory)?;
         }
         Ok(put(Role::Stamp, &path, &record.encode()?, self.kind.step())?)
+    }
+
+    fn payload(&self) -> Value {
+        let mut payload = json!({"vm": self.vm});
+        if let StampKind::Superseded { by } = &self.kind {
+            payload["by"] = by.to_string_lossy().into();
+        }
+        payload
     }
 
     /// Removes the stamp of an image, durably, if it is one of this operation. Tells whether it was. That it has none
@@ -270,6 +342,37 @@ mod tests {
         let kind = StampKind::Superseded { by: "/img/b.raw".into() };
         Stamp { kind, ..stamp(1) }.write(&state, &image).unwrap();
         assert!(!stamp(2).claim(&state, &image).unwrap());
+    }
+
+    #[test]
+    fn a_stamp_comes_back_from_under_that_of_an_operation_which_has_left_the_image_as_it_was() {
+        let base = tempfile::tempdir().unwrap();
+        let state = StateDir::below(&base.path().join("state"), "vm").unwrap();
+        let image = base.path().join("a.raw");
+        fs::write(&image, "").unwrap();
+        let ours = |id| Stamp { kind: StampKind::Incomplete, operation: operation(id), vm: "vm".into() };
+        let read = || Stamp::read(&state, &image).unwrap();
+        ours(1).cover(&state, &image).unwrap();
+        Stamp::uncover(&state, &image, &operation(1)).unwrap();
+        assert_eq!(read(), None);
+        let kind = StampKind::Superseded { by: "/img/b.raw".into() };
+        let former = Stamp { kind, operation: operation(7), vm: "db".into() };
+        former.write(&state, &image).unwrap();
+        // A second coordinator of the same operation stamps it again.
+        for epoch in 1..=2 {
+            let operation = Operation { epoch, ..operation(1) };
+            Stamp { operation, ..ours(1) }.cover(&state, &image).unwrap();
+            assert_eq!(read().unwrap().operation, operation);
+        }
+        Stamp::uncover(&state, &image, &operation(2)).unwrap();
+        assert_eq!(read().unwrap().operation.id, operation(1).id);
+        for _ in 0..2 {
+            Stamp::uncover(&state, &image, &operation(1)).unwrap();
+            assert_eq!(read(), Some(former.clone()));
+        }
+        // What could not be brought back is not covered.
+        fs::write(base.path().join("a.raw.stamp"), "something else").unwrap();
+        assert!(matches!(ours(1).cover(&state, &image), Err(StampError::Damaged { .. })));
     }
 
     #[test]

@@ -120,6 +120,20 @@ impl OperationLog {
         self.entries.iter().rev().find_map(|entry| entry.details.get(name))
     }
 
+    /// Whether anything may have been written to its targets.
+    pub fn may_have_copied(&self) -> bool {
+        self.entry(Stage::Mirroring).is_some()
+    }
+
+    /// Whether the target of its disk `index` was not there before.
+    pub(crate) fn has_made(&self, index: usize) -> bool {
+        match self.detail("created").and_then(Value::as_array) {
+            Some(created) => created.get(index) == Some(&Value::Bool(true)),
+            // Before it was prepared, an image that was not there has no identity in the plan.
+            None => self.plan.disks.get(index).is_some_and(|disk| disk.target.file.is_none()),
+        }
+    }
+
     /// What the copies may be trusted with, if it is known: the detail `consistency`.
     pub fn consistency(&self) -> Option<Consistency> {
         serde_json::from_value(self.detail("consistency")?.clone()).ok()

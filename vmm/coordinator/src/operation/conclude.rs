@@ -203,15 +203,17 @@ impl Runner<'_> {
         }
     }
 
-    /// Images that were there before stay, stamped: what they held is gone.
+    /// Images that were there before stay: as they were, if nothing was copied to them yet, and stamped otherwise, as what
+    /// they held is gone.
     fn remove_targets(&mut self) {
         let (state, log, operation) = (self.journal.state_dir().clone(), self.log(), self.operation());
-        let created = log.detail("created").and_then(Value::as_array).cloned();
         for (index, disk) in log.plan.disks.iter().enumerate() {
-            // Before it was prepared, an image that was not there has no identity in the plan.
-            let created = created
-                .as_ref()
-                .map_or(disk.target.file.is_none(), |created| created.get(index) == Some(&Value::Bool(true)));
+            let created = log.has_made(index);
+            if !created && !log.may_have_copied() {
+                let uncovered = Stamp::uncover(&state, &disk.target.path, &operation);
+                self.warn(uncovered);
+                continue;
+            }
             let (path, prepared) = (&disk.target.path, log.entry(Stage::Prepared).is_some());
             let is_ours = if prepared { disk.target.is_file(path) } else { is_untouched(path) };
             // The image first: one without a stamp could be taken for a disk.

@@ -240,7 +240,7 @@ impl<'a> Runner<'a> {
                 }
                 made.map_err(|error| abort(&error))?;
             } else {
-                stamp.write(&state, &disk.target.path).map_err(|error| abort(&error))?;
+                stamp.cover(&state, &disk.target.path).map_err(|error| abort(&error))?;
             }
             let image = ImageId::of(&disk.target.path);
             disk.target = image.map_err(|error| Halt::Abort(error.to_string()))?;

@@ -44,7 +44,7 @@ impl Lab {
         let plan = self.plan(kind, protocol);
         let operation = journal.begin(ID, &plan, Map::new()).unwrap();
         let stamp = Stamp { kind: StampKind::Incomplete, operation, vm: "web".into() };
-        stamp.write(&self.state, &self.path("new.raw")).unwrap();
+        stamp.cover(&self.state, &self.path("new.raw")).unwrap();
         for stage in stages {
             if *stage == Stage::PivotIntent {
                 Witness::create(&self.state.witness(ID)).unwrap();
@@ -137,7 +137,10 @@ impl Lab {
             }
             None => {
                 assert_eq!(stamp("old.raw"), None);
-                assert_eq!(stamp("new.raw").unwrap().kind, StampKind::Incomplete);
+                // It was there before, and is as it was until it is copied to.
+                let copied = operations(&self.state).unwrap().last().unwrap().may_have_copied();
+                let kind = stamp("new.raw").map(|stamp| stamp.kind);
+                assert_eq!(kind, copied.then_some(StampKind::Incomplete));
                 Side::Source
             }
         }
@@ -285,6 +288,29 @@ fn what_was_decided_is_carried_out_and_once_more_changes_nothing() {
                 let again = lab.run().unwrap();
                 assert_eq!((again.resolved, &again.disks), (None, &resolution.disks));
                 lab.assert_files(&before, "the second time");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_target_that_was_there_has_the_stamp_it_had_until_it_is_copied_to() {
+    let operation = Operation { id: Uuid::from_u128(1), generation: 7, epoch: 2 };
+    let superseded = StampKind::Superseded { by: "/img/b.raw".into() };
+    for kind in [None, Some(StampKind::Incomplete), Some(superseded)] {
+        for (way, copied) in [(&[][..], false), (&[Prepared], false), (&[Prepared, Mirroring], true)] {
+            let lab = Lab::new();
+            let former = kind.clone().map(|kind| Stamp { kind, operation, vm: "db".into() });
+            if let Some(former) = &former {
+                former.write(&lab.state, &lab.path("new.raw")).unwrap();
+            }
+            lab.come_to(OperationKind::Pivot, Protocol::A, way);
+            assert_eq!(lab.run().unwrap().resolved.unwrap().warnings, [] as [&str; 0]);
+            let now = Stamp::read(&lab.state, &lab.path("new.raw")).unwrap();
+            if copied {
+                assert_eq!(now.unwrap().operation.id, ID, "{way:?}");
+            } else {
+                assert_eq!(now, former, "{way:?}");
             }
         }
     }

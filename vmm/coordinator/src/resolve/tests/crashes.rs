@@ -44,6 +44,10 @@ impl Lab {
         if let Some(used) = self.used() {
             assert_eq!(now, used, "{context}: the guest has used the other image");
         }
+        if all_lasts && fs::exists(self.path("former")).unwrap() {
+            let stamp = Stamp::read(&self.state, &self.path("new.raw")).unwrap();
+            assert_eq!(stamp, Some(former()), "{context}");
+        }
         let before = self.files();
         let again = Resolver::new().run(&self.state).unwrap();
         assert_eq!((again.resolved, again.disks), (None, side.disks), "{context}");
@@ -78,6 +82,7 @@ fn child() {
     let _ = match env::var(ROLE).unwrap().as_str() {
         "pivot" => pivot(&base, &state, Protocol::A),
         "commit" => pivot(&base, &state, Protocol::B),
+        "reuse" => reuse(&base, &state),
         _ => Resolver::new().run(&state).map(drop).map_err(Into::into),
     };
 }
@@ -123,6 +128,23 @@ fn pivot(base: &Path, state: &StateDir, protocol: Protocol) -> Result<(), Stoppe
     step(Stage::Pivoted)?;
     conclude_target(&mut journal, ID, &mut Vec::new())?;
     Witness::remove(&state.witness(ID))?;
+    journal.append(ID, Stage::Done, Map::new())?;
+    Ok(())
+}
+
+/// A pivot to an image that another VM has left behind, which ends before it has copied anything.
+fn reuse(base: &Path, state: &StateDir) -> Result<(), Stopped> {
+    let mut journal = Journal::open(state)?;
+    let image = |name: &str| ImageId::of(&base.join(name)).unwrap();
+    let disk = DiskPlan { disk: "vda".into(), source: image("old.raw"), target: image("new.raw") };
+    let (kind, protocol, flags) = (OperationKind::Pivot, Protocol::B, PlanFlags::default());
+    let plan = Plan { kind, protocol, disks: vec![disk], witness: None, flags };
+    let operation = journal.begin(ID, &plan, Map::new())?;
+    let stamp = Stamp { kind: StampKind::Incomplete, operation, vm: "web".into() };
+    stamp.cover(state, &base.join("new.raw"))?;
+    journal.append(ID, Stage::Prepared, Map::new())?;
+    journal.append(ID, Stage::Aborted, Map::new())?;
+    Stamp::uncover(state, &base.join("new.raw"), &operation)?;
     journal.append(ID, Stage::Done, Map::new())?;
     Ok(())
 }
@@ -199,6 +221,22 @@ fn a_pivot_by_witness_may_meet_a_disk_that_fails_anywhere() {
 #[test]
 fn a_pivot_by_commit_may_die_or_fail_anywhere() {
     crash_everywhere("commit", &["=kill", "=enospc"], &nothing);
+}
+
+/// What another VM has left on an image.
+fn former() -> Stamp {
+    let operation = Operation { id: Uuid::from_u128(1), generation: 7, epoch: 2 };
+    Stamp { kind: StampKind::Superseded { by: "/img/b.raw".into() }, operation, vm: "db".into() }
+}
+
+#[test]
+fn a_target_that_was_there_has_its_stamp_again_wherever_an_operation_dies_or_fails_before_it_copies() {
+    let prepare = |lab: &Lab| {
+        former().write(&lab.state, &lab.path("new.raw")).unwrap();
+        fs::write(lab.path("former"), "").unwrap();
+    };
+    let runs = crash_everywhere("reuse", &["=kill", "=eio"], &prepare);
+    assert!(runs > 50, "{runs}");
 }
 
 #[test]
