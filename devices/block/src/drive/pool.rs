@@ -18,6 +18,13 @@ pub(super) struct Loan {
     blocks: Vec<usize>,
 }
 
+impl Loan {
+    /// How much there is room for.
+    pub(super) fn bytes(&self) -> u64 {
+        (self.blocks.len() * BLOCK) as u64
+    }
+}
+
 pub(super) struct Pool {
     pages: Pages,
     free: Vec<usize>,

@@ -166,7 +166,14 @@ impl Mirror {
 
     /// How much is copied at a time.
     fn piece(&self) -> u64 {
-        self.plan.limits.piece.min(self.copier.pool.capacity())
+        let limits = &self.plan.limits;
+        let piece = if self.guests.busy { limits.small_piece } else { limits.piece };
+        piece.min(self.copier.pool.capacity())
+    }
+
+    /// How much this one copies at a time: its memory was lent when the guest may have been busier.
+    fn piece_of(&self, copy: &Copy) -> u64 {
+        self.piece().min(copy.memory.bytes())
     }
 
     /// How much one copy takes on where there is data.
@@ -263,7 +270,7 @@ impl Mirror {
             return;
         }
         let probe = !copy.wanted && self.plan.images.tells_extents && !self.copier.data.contains(&at);
-        let end = if probe { copy.range.end } else { copy.range.end.min(at + self.piece()) };
+        let end = if probe { copy.range.end } else { copy.range.end.min(at + self.piece_of(&copy)) };
         copy.piece = at..end;
         copy.stage = Stage::Claiming { probe };
         self.copier.probing += usize::from(probe);
@@ -350,7 +357,7 @@ impl Mirror {
         if at == copy.range.start {
             self.shorten(&mut copy, if hole { known } else { known.min(at + self.share()) });
         }
-        let end = if hole { known } else { known.min(at + self.piece()) };
+        let end = if hole { known } else { known.min(at + self.piece_of(&copy)) };
         copy.piece.end = copy.range.end.min(end);
         self.claims.narrow(id, copy.piece.clone());
         self.released = true;

@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use super::flights::Flight;
 use super::{Bug, Mirror, Phase};
@@ -11,6 +12,9 @@ use crate::drive::options::{MirrorOperation, Side};
 use crate::drive::pool::{Loan, Pool};
 use crate::engine::{Completion, Operation, memory};
 use crate::errno::Errno;
+
+/// A guest that has asked for nothing for so long is not disturbed by large copies.
+const QUIET: Duration = Duration::from_millis(100);
 
 /// A write, of data or zeroes, to both images.
 pub(super) struct Active {
@@ -54,11 +58,33 @@ pub(super) struct Guests {
     /// Active writes that have not begun, or writes that a backup holds, in the order in which they came.
     pub(super) queue: VecDeque<u32>,
     bounce: Pool,
+    /// One has come since the last look.
+    came: bool,
+    /// When one was last known to have come.
+    last: Option<Instant>,
+    /// It works: copies are to keep out of its way.
+    pub(super) busy: bool,
 }
 
 impl Guests {
     pub(super) fn new(bounce: u64) -> Self {
-        Self { in_flight: 0, tracked: 0, queue: VecDeque::new(), bounce: Pool::new(bounce) }
+        Self {
+            in_flight: 0,
+            tracked: 0,
+            queue: VecDeque::new(),
+            bounce: Pool::new(bounce),
+            came: false,
+            last: None,
+            busy: false,
+        }
+    }
+
+    /// Whether it works is seen from when its requests come.
+    pub(super) fn measure(&mut self, now: Instant) {
+        if std::mem::take(&mut self.came) {
+            self.last = Some(now);
+        }
+        self.busy = self.last.is_some_and(|last| now.saturating_duration_since(last) < QUIET);
     }
 
     pub(super) fn is_clean(&self) -> bool {
@@ -87,6 +113,7 @@ impl Mirror {
     /// As [`crate::Engine::queue`]; the orders that come of it as well.
     pub(in crate::drive) unsafe fn guest(&mut self, token: u64, operation: Operation) {
         self.guests.in_flight += 1;
+        self.guests.came = true;
         let Some(range) = changes(&operation, self.plan.images.size) else {
             match operation {
                 // A quiesced target is synced, and nothing was written since; an error of its would end the calm.

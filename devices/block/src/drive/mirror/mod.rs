@@ -78,15 +78,17 @@ pub(super) struct Images {
 pub(super) struct Limits {
     /// Copies in flight.
     pub(super) copies: usize,
-    /// Bytes that one copy moves at a time, and that a guest's request may have to wait for.
+    /// Bytes that one copy moves at a time.
     pub(super) piece: u64,
+    /// The same while the guest works, whose requests may have to wait for it: for the range, or for a processor.
+    pub(super) small_piece: u64,
     /// Bytes whose extents are asked for at a time while the guest does not wait for them.
     pub(super) reach: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { copies: 16, piece: 1 << 20, reach: 16 << 20 }
+        Self { copies: 16, piece: 1 << 20, small_piece: 256 << 10, reach: 16 << 20 }
     }
 }
 
@@ -256,6 +258,7 @@ impl Mirror {
                 Some(_) => {}
             }
         }
+        self.guests.measure(now);
         self.syncs.measure(now);
         self.copier.measure(now, self.ledger.is_dirty(), self.ledger.changed_bytes());
         if self.condition.may_copy() {

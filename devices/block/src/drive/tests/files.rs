@@ -639,6 +639,29 @@ fn a_disk_is_copied_in_few_large_steps_and_what_is_known_is_not_asked_again() {
 }
 
 #[test]
+fn copies_are_small_while_the_guest_works_and_one_begun_then_goes_on_in_its_memory() {
+    let (source, target) = (image(&pattern(4 * MIB, 5)), hole(4 * MIB));
+    let mut rig = Rig::new(&source);
+    rig.mirror(&target, &MirrorOptions::default());
+    rig.source_faults.hold();
+    let mut bytes = vec![0; 512];
+    let buffers = vec![Buffer::new(bytes.as_mut_ptr(), bytes.len())];
+    // SAFETY: `bytes` outlives the request, which is waited for.
+    unsafe { rig.drive.queue(1, Operation::Read { offset: 0, buffers }) };
+    let mut completions = Vec::new();
+    let a_moment_ago = Instant::now().checked_sub(Duration::from_secs(1)).unwrap();
+    rig.round(a_moment_ago, &mut completions);
+    rig.until(|rig, _| rig.source_faults.in_flight() == 2);
+    rig.source_faults.release();
+    rig.until_event(MirrorEvent::Ready);
+    let writes = rig.target_faults.take_log().iter().filter(|call| **call == CallKind::Write).count();
+    // The first MiB in quarters, in the memory that there was for it, then one after the other.
+    assert_eq!(writes, 4 + 3);
+    rig.finish();
+    assert!(content(&target) == content(&source));
+}
+
+#[test]
 fn a_write_wider_than_the_bounce_memory_and_many_at_once_are_served() {
     let (source, target) = (image(&pattern(4 * MIB, 7)), hole(4 * MIB));
     let mut rig = Rig::new(&source);

@@ -282,6 +282,7 @@ impl Schedule {
         let limits = Limits {
             copies: 1 + random.index(5),
             piece: random.among(&[512, 1024, 2048, 1 << 20]),
+            small_piece: random.among(&[512, 1024]),
             reach: random.among(&[512, 2048, 1 << 20]),
         };
         let disk = Disk::imagined(size, random.percent(20), direct);
