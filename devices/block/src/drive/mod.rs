@@ -48,8 +48,8 @@ use std::time::Instant;
 use self::mirror::{Images, Kind, Limits, Mirror};
 use self::options::unfit;
 pub use self::options::{
-    AttachReason, CopyMode, MirrorAction, MirrorError, MirrorEvent, MirrorOperation, MirrorOptions,
-    MirrorRefusal, MirrorStatus, MirrorSync, OnError, Side,
+    AttachError, AttachReason, CopyMode, MirrorAction, MirrorError, MirrorEvent, MirrorOperation,
+    MirrorOptions, MirrorRefusal, MirrorStatus, MirrorSync, OnError, Side,
 };
 use crate::disk::Disk;
 use crate::engine::filter::Filters;
@@ -58,23 +58,6 @@ use crate::error::ResizeError;
 
 /// Rounds that one call may take before it lets others work.
 const ROUNDS: usize = 4;
-
-/// A mirror was not attached: here is its target.
-#[derive(thiserror::Error)]
-#[error("Cannot mirror to '{image}'", image = .target.disk().name())]
-pub struct AttachError {
-    /// As it was given.
-    pub target: Engine,
-    /// Why.
-    #[source]
-    pub reason: AttachReason,
-}
-
-impl std::fmt::Debug for AttachError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("AttachError").field(&self.reason).finish()
-    }
-}
 
 /// What a mirror leaves behind: the image that is not the disk's any more, and memory. To close the one and free the
 /// other takes milliseconds, so let the guest go on first.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::disk::Disk;
+use crate::engine::Engine;
 use crate::errno::Errno;
 
 /// When a guest's write is done.
@@ -191,6 +192,23 @@ pub struct MirrorStatus {
     pub remaining_time: Option<Duration>,
     /// How long the guest would be held by [`super::Drive::finish`] now: what remains, and a flush.
     pub expected_hold: Option<Duration>,
+}
+
+/// A mirror was not attached: here is its target.
+#[derive(thiserror::Error)]
+#[error("Cannot mirror to '{image}'", image = .target.disk().name())]
+pub struct AttachError {
+    /// As it was given.
+    pub target: Engine,
+    /// Why.
+    #[source]
+    pub reason: AttachReason,
+}
+
+impl std::fmt::Debug for AttachError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("AttachError").field(&self.reason).finish()
+    }
 }
 
 /// A mirror cannot be attached. Target and source are as they were.
