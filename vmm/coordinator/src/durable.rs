@@ -333,29 +333,42 @@ pub(crate) fn check_directory(path: &Path, what: &'static str) -> Result<(), Dur
     check_filesystem(&directory, what, path)
 }
 
+const IMAGE: &str = "the image";
+
 /// Makes an image of so many bytes, all zero; it lasts, like its name.
 pub(crate) fn create_image(path: &Path, size: u64) -> Result<(), DurableError> {
-    const WHAT: &str = "the image";
+    let place = |point| failpoint::pass(["image", "create", point]);
+    place("before").map_err(failed("create", IMAGE, path))?;
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
-    let file = file.map_err(failed("create", WHAT, path))?;
-    file.set_len(size).map_err(failed("size", WHAT, path))?;
-    file.sync_all().map_err(failed("sync", WHAT, path))?;
-    sync_directory_of(path)
+    let file = file.map_err(failed("create", IMAGE, path))?;
+    file.set_len(size).map_err(failed("size", IMAGE, path))?;
+    place("written").map_err(failed("sync", IMAGE, path))?;
+    file.sync_all().map_err(failed("sync", IMAGE, path))?;
+    place("synced").map_err(failed("sync", IMAGE, path))?;
+    sync_directory_of(path)?;
+    place("done").map_err(failed("sync the directory of", IMAGE, path))
 }
 
 /// Syncs what others have written to an image.
 pub(crate) fn sync_image(path: &Path) -> Result<(), DurableError> {
-    let file = OpenOptions::new().write(true).open(path).map_err(failed("open", "the image", path))?;
-    file.sync_all().map_err(failed("sync", "the image", path))
+    let place = |point| failpoint::pass(["image", "sync", point]);
+    place("before").map_err(failed("sync", IMAGE, path))?;
+    let file = OpenOptions::new().write(true).open(path).map_err(failed("open", IMAGE, path))?;
+    file.sync_all().map_err(failed("sync", IMAGE, path))?;
+    place("done").map_err(failed("sync", IMAGE, path))
 }
 
 /// Removes an image, durably. One that is not there is no error.
 pub(crate) fn remove_image(path: &Path) -> Result<(), DurableError> {
+    let place = |point| failpoint::pass(["image", "remove", point]);
+    place("before").map_err(failed("remove", IMAGE, path))?;
     match fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => {
-            removed.map_err(failed("remove", "the image", path))?;
-            sync_directory_of(path)
+            removed.map_err(failed("remove", IMAGE, path))?;
+            place("written").map_err(failed("sync the directory of", IMAGE, path))?;
+            sync_directory_of(path)?;
+            place("done").map_err(failed("sync the directory of", IMAGE, path))
         }
     }
 }

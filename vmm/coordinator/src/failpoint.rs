@@ -8,6 +8,7 @@
 //!   witness.STEP.POINT        create, pivoted, revoked, remove
 //!   disks.commit.POINT        the durable configuration
 //!   stamp.STEP.POINT          incomplete, superseded, remove
+//!   image.STEP.POINT          create, sync, remove
 //!
 //!   POINT   before    nothing has happened
 //!           written   written, in the page cache; not synced
