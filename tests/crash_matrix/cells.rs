@@ -232,10 +232,9 @@ fn strangers(quiet: &Cell, places: &[Place], random: &mut Random, cells: &mut Ve
         let few = [Cont, Coordinator, Successor];
         let stranger =
             if quiet.recipe.protocol == Protocol::A { random.pick(&all) } else { random.pick(&few) };
-        // What was checked before it slept is not checked again, and a `stop` is nobody's to refuse: taking its lock away
-        // does not help then.
+        // What was checked before it slept is not checked again: taking its lock away does not help then.
         let unchecked = place.name.ends_with(".before") && !place.name.starts_with("coordinator.");
-        if stranger == Successor && (unchecked || place.name.contains(".stop")) {
+        if stranger == Successor && unchecked {
             continue;
         }
         let who = random.pick(&[Who::Nobody, Who::Coordinator, Who::Both, Who::Power]);

@@ -58,6 +58,9 @@ struct Args {
     /// So many runs, chosen at random, in place of all
     #[arg(long, value_name = "N")]
     sample: Option<usize>,
+    /// Only runs whose cell, as JSON, has this in it, such as `"stranger":"Successor"` or `image.create`
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
     /// Chooses loads, samples and combinations
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -135,6 +138,9 @@ fn matrix(args: &Args) -> ExitCode {
     if args.self_test && !mistakes::are_found(&laboratory, &cells) {
         return ExitCode::FAILURE;
     }
+    if let Some(text) = &args.only {
+        cells.retain(|cell| serde_json::to_string(cell).unwrap().contains(text));
+    }
     cells.truncate(args.sample.map_or(all, |sample| sample.saturating_sub(quiet.runs)));
     eprintln!(
         "crash matrix: seed {}, {} of {all} cells, directories in {}",
@@ -152,7 +158,7 @@ fn matrix(args: &Args) -> ExitCode {
         "crash matrix: {runs} runs, {lost} lost writes, {wrong} wrong images, {repeated} repeated recoveries that changed \
          something"
     );
-    let enough = runs >= args.sample.unwrap_or(WHOLE) && reached * 2 > runs;
+    let enough = args.only.is_some() || runs >= args.sample.unwrap_or(WHOLE) && reached * 2 > runs;
     if counts.is_clean() && enough { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 

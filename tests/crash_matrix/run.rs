@@ -22,7 +22,7 @@ use crate::process::{Gate, PATIENCE, Process, Waiting};
 use crate::records::Promise;
 use crate::setup::{SIZE, Setup, is_target};
 use crate::strangers;
-use crate::verdict::{self, Findings, by_table, differences, snapshot, state_of};
+use crate::verdict::{self, Findings, by_table, differences, snapshot};
 
 type Failure = Box<dyn Error>;
 
@@ -140,16 +140,19 @@ impl Run<'_> {
         }
         fs::remove_file(self.setup.state().lock())?;
         self.recover();
-        // Stamps are not fenced: they can keep an image from being booted, and nothing more.
-        let state = self.setup.state().path();
-        let before = state_of(&state)?;
+        let before = snapshot(&self.setup)?;
         let roots = self.roots()?;
+        // In the middle of something it does not look around.
+        let half_done = ["stamp.", "image."].iter().any(|file| waiting.place.starts_with(file));
         drop(waiting);
         self.await_coordinator();
-        // Only of what was there and counts: a witness of its own, without an operation, is nobody's.
-        let changed = differences(&before, &state_of(&state)?);
-        let changed = changed.into_iter();
-        let changed = changed.filter(|file| before.contains_key(Path::new(file)) && !file.ends_with(".new"));
+        let changed = differences(&before, &snapshot(&self.setup)?);
+        // Only what counts: a witness of its own, without an operation, is nobody's.
+        let counts = |file: &String| match Path::new(file).starts_with(self.setup.images()) {
+            true => !half_done,
+            false => before.contains_key(Path::new(file)),
+        };
+        let changed = changed.into_iter().filter(|file| counts(file) && !file.ends_with(".new"));
         let text: Vec<_> = changed.map(|file| format!("The late coordinator has changed {file}")).collect();
         self.findings.other.extend(text);
         if self.roots()? != roots {

@@ -92,7 +92,7 @@ pub(crate) fn snapshot(setup: &Setup) -> Result<BTreeMap<PathBuf, Vec<u8>>, Fail
 }
 
 /// What is in a directory but images, and what belongs to the emulation of a power cut.
-pub(crate) fn state_of(directory: &Path) -> Result<BTreeMap<PathBuf, Vec<u8>>, Failure> {
+fn state_of(directory: &Path) -> Result<BTreeMap<PathBuf, Vec<u8>>, Failure> {
     let mut files = BTreeMap::new();
     if directory.exists() {
         for entry in fs::read_dir(directory)? {

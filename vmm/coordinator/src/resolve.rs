@@ -293,8 +293,12 @@ impl Resolver {
         let mut warnings = Vec::new();
         match side {
             Side::Target => conclude_target(journal, id, &mut warnings)?,
-            Side::Source => keep_stamps(journal.state_dir(), open, &mut warnings),
+            Side::Source => {
+                journal.confirm_ours()?;
+                keep_stamps(journal.state_dir(), open, &mut warnings);
+            }
         }
+        journal.confirm_ours()?;
         // The journal says it all by now.
         if let Some(path) = &plan.witness {
             warn(&mut warnings, Witness::remove(path));
@@ -364,11 +368,13 @@ pub fn conclude_target(
     let open = journal.open_operation().filter(|open| open.id() == id);
     let open = open.ok_or(JournalError::NotOpen { id })?.clone();
     let (operation, plan) = (open.operation, &open.plan);
+    journal.confirm_ours()?;
     if !open.progress.is_configured() {
         DurableDisks::commit(&state, operation, plan)?;
         journal.append(id, Stage::ConfigCommitted, Map::new())?;
     }
     for disk in &plan.disks {
+        journal.confirm_ours()?;
         warn(warnings, Stamp::remove(&state, &disk.target.path, &operation));
     }
     if plan.flags.retire_source && !open.progress.is_retired() {
@@ -376,6 +382,7 @@ pub fn conclude_target(
         for disk in &plan.disks {
             let kind = StampKind::Superseded { by: disk.target.path.clone() };
             let stamp = Stamp { kind, operation, vm: state.name().to_owned() };
+            journal.confirm_ours()?;
             warn(warnings, stamp.write(&state, &disk.source.path));
         }
         if warnings.len() == failed {

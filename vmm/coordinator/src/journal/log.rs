@@ -107,7 +107,7 @@ impl Log {
     }
 
     /// Nobody has written behind our back: neither where the next record goes nor another file in place of this one.
-    fn check_ours(&self) -> Result<(), JournalError> {
+    pub(super) fn check_ours(&self) -> Result<(), JournalError> {
         let mut next = vec![0; SLOT];
         self.file.read_at(&mut next, (self.records.len() * SLOT) as u64)?;
         let other = Record::decode(&next).ok().map(|(record, _)| record.operation.epoch);

@@ -63,11 +63,12 @@ pub enum JournalError {
         by: Option<i32>,
     },
     /// Another coordinator has taken over.
-    #[error(
-        "Another coordinator has taken over {}{}", path.display(), by.map(|by| format!(" (epoch {by})")).unwrap_or_default()
-    )]
+    #[error("Another coordinator has taken over: {} {}", path.display(), match by {
+        Some(by) => format!("has its records, of epoch {by}"),
+        None => "was removed or replaced".to_owned(),
+    })]
     Fenced {
-        /// The journal.
+        /// The journal, or its lock.
         path: PathBuf,
         /// Its epoch, if it shows.
         by: Option<u64>,
@@ -364,6 +365,21 @@ impl Journal {
 
     fn next_sequence(&self) -> u64 {
         self.log.records().last().map_or(1, |last| last.sequence + 1)
+    }
+
+    /// That this is the VM's coordinator still, as far as anybody can tell: the lock and the journal are the files that
+    /// others find under these names, and nobody of a later epoch has written to the journal. To be asked before anything
+    /// that others can see.
+    ///
+    /// # Errors
+    /// [`JournalError::Fenced`]; [`JournalError::File`]: the journal cannot be read.
+    pub fn confirm_ours(&self) -> Result<(), JournalError> {
+        self.check_lock()?;
+        match self.log.check_ours() {
+            // What a failed step of its own has left there is not somebody else's.
+            Err(JournalError::Fenced { by: Some(by), .. }) if by <= self.folded.epoch => Ok(()),
+            checked => checked,
+        }
     }
 
     /// The lock is still the one that others look at.

@@ -148,11 +148,18 @@ fn a_coordinator_that_was_taken_over_from_writes_nothing_more() {
     let before = lab.bytes();
     let refused = zombie.append(id, Stage::Prepared, Map::new()).unwrap_err();
     assert!(matches!(refused, JournalError::Fenced { .. }), "{refused}");
+    let refused = zombie.confirm_ours().unwrap_err().to_string();
+    let expected =
+        format!("Another coordinator has taken over: {} was removed or replaced", lab.state.lock().display());
+    assert_eq!(refused, expected);
     // Even if the lock were its own.
     zombie.lock = Lock(fs::File::open(lab.state.lock()).unwrap());
     let refused = zombie.append(id, Stage::Prepared, Map::new()).unwrap_err();
     assert!(matches!(refused, JournalError::Fenced { by: Some(2), .. }), "{refused}");
+    let refused = zombie.confirm_ours().unwrap_err();
+    assert!(matches!(refused, JournalError::Fenced { by: Some(2), .. }), "{refused}");
     assert_eq!(lab.bytes(), before);
+    heir.confirm_ours().unwrap();
     heir.append(id, Stage::Prepared, Map::new()).unwrap();
 }
 
@@ -442,6 +449,8 @@ mod failures {
                 journal.append(ID, Stage::Prepared, Map::new())
             });
             assert!(matches!(failed, Err(JournalError::File(_))), "{failed:?}");
+            // It is nobody else's all the same.
+            journal.confirm_ours().unwrap();
             let refused = journal.append(ID, Stage::Aborted, Map::new()).unwrap_err();
             assert!(matches!(refused, JournalError::Doubtful { .. }), "{refused}");
             journal.reopen().unwrap();

@@ -10,10 +10,10 @@ use super::vm::JobNow;
 use crate::chain;
 use crate::disks::DurableDisks;
 use crate::durable;
-use crate::journal::{Consistency, Hold, Side, Stage};
+use crate::journal::{Consistency, Hold, JournalError, Side, Stage};
 use crate::record::witness::Witness;
+use crate::resolve;
 use crate::stamp::Stamp;
-use crate::{SessionError, resolve};
 
 /// How long a job that was cancelled may take to leave.
 const LEAVING: Duration = Duration::from_secs(60);
@@ -25,6 +25,7 @@ impl Runner<'_> {
     pub(super) fn conclude_target(&mut self) -> Result<(), Halt> {
         let (state, plan) = (self.journal.state_dir().clone(), self.plan());
         if !self.progress().is_configured() {
+            self.confirm_ours()?;
             let committed = DurableDisks::commit(&state, self.operation(), &plan);
             let committed = committed.map_err(|error| Halt::Unknown(chain(&error)));
             if let Err(halt) =
@@ -59,7 +60,7 @@ impl Runner<'_> {
         for index in 0..self.plan().disks.len() {
             self.forget_node(&self.name(index))?;
         }
-        self.remove_targets();
+        self.remove_targets()?;
         self.done()
     }
 
@@ -70,6 +71,7 @@ impl Runner<'_> {
         let (state, plan, operation) = (self.journal.state_dir().clone(), self.plan(), self.operation());
         for (index, disk) in plan.disks.iter().enumerate() {
             self.forget_node(&self.name(index))?;
+            self.confirm_ours()?;
             durable::sync_image(&disk.target.path)?;
             let removed = Stamp::remove(&state, &disk.target.path, &operation);
             self.warn(removed.map(drop));
@@ -102,26 +104,34 @@ impl Runner<'_> {
             return Ok(());
         }
         self.place("thaw", "before")?;
-        let details = self.thaw();
+        let details = self.thaw()?;
         self.place("thaw", "done")?;
         self.timeline.frozen = self.frozen_since.take().map(|since| since.elapsed());
         self.append(Stage::Thawed, details).map(drop)
     }
 
-    fn cont(&mut self) -> Result<(), SessionError> {
+    fn cont(&mut self) -> Result<(), Halt> {
         let log = self.log();
         let was_running = log.entry(Stage::StopIntent).and_then(|entry| entry.details.get("was-running"));
         // A VM that knows of operations takes back this one's pause and no other.
         if self.holder().is_some() || was_running != Some(&Value::Bool(false)) {
-            self.vm.cont(self.holder())?;
+            let holder = self.holder();
+            self.orders()?.cont(holder)?;
         }
         Ok(())
     }
 
     /// What becomes of the guest when nothing can be written down any more. Before anything is decided it is held for
-    /// nothing: it goes on, without a record, and whoever settles the operation does the same once more.
+    /// nothing: it goes on, without a record, and whoever settles the operation does the same once more. Where another
+    /// coordinator has taken over, the guest is that one's to let go.
     pub(super) fn let_go(&mut self, halt: &Halt) {
         let progress = self.progress();
+        if matches!(halt, Halt::Journal(JournalError::Fenced { .. })) {
+            if let Some(freezer) = self.freezer.take() {
+                freezer.leave();
+            }
+            return;
+        }
         if !matches!(halt, Halt::Journal(_)) || progress.decision().is_some() || progress.is_intended() {
             return;
         }
@@ -130,13 +140,14 @@ impl Runner<'_> {
             let _ = self.cont();
         }
         if progress.freeze() != Hold::None {
-            self.thaw();
+            let _ = self.thaw();
         }
     }
 
     /// Thaws, and says what the freeze was worth. An agent that does not answer is not waited for without end: its lease
     /// thaws, and that nobody saw the guest frozen until now is what makes the freeze void.
-    fn thaw(&mut self) -> Value {
+    fn thaw(&mut self) -> Result<Value, Halt> {
+        self.confirm_ours()?;
         let matters = self.progress().decision() != Some(Side::Source);
         let freezer = match (self.freezer.take(), &self.connection.agent) {
             (Some(freezer), _) => Ok(freezer),
@@ -148,14 +159,14 @@ impl Runner<'_> {
             freezer.thaw().map_err(|error| chain(&error))?;
             worth
         });
-        match thawed {
+        Ok(match thawed {
             Ok(worth) if matters => json!({"consistency": worth}),
             Ok(_) => json!({}),
             Err(error) => {
                 self.warnings.push(format!("The guest cannot be thawed, its lease will do it: {error}"));
                 json!({"by": "lease", "error": error, "consistency": Consistency::Void})
             }
-        }
+        })
     }
 
     /// Ends and forgets this operation's jobs; the inner error says which do not end. One of those writes to its target
@@ -169,12 +180,12 @@ impl Runner<'_> {
             jobs.retain(|job| names.contains(&job.id));
             for JobNow { id, status, .. } in &jobs {
                 let asked = if status == "concluded" {
-                    self.vm.job("dismiss", id)
+                    self.orders()?.job("dismiss", id)
                 } else if told.contains(id) {
                     continue;
                 } else {
                     told.push(id.clone());
-                    self.vm.cancel(id, true)
+                    self.orders()?.cancel(id, true)
                 };
                 match asked {
                     Err(error) if error.refusal().is_none() => return Err(error.into()),
@@ -196,7 +207,7 @@ impl Runner<'_> {
     }
 
     fn forget_node(&mut self, name: &str) -> Result<(), Halt> {
-        match self.vm.remove_node(name) {
+        match self.orders()?.remove_node(name) {
             Err(error) if error.refusal().is_none() => Err(error.into()),
             // Never opened, or closed already.
             _ => Ok(()),
@@ -205,9 +216,10 @@ impl Runner<'_> {
 
     /// Images that were there before stay: as they were, if nothing was copied to them yet, and stamped otherwise, as what
     /// they held is gone.
-    fn remove_targets(&mut self) {
+    fn remove_targets(&mut self) -> Result<(), Halt> {
         let (state, log, operation) = (self.journal.state_dir().clone(), self.log(), self.operation());
         for (index, disk) in log.plan.disks.iter().enumerate() {
+            self.confirm_ours()?;
             let created = log.has_made(index);
             if !created && !log.may_have_copied() {
                 let uncovered = Stamp::uncover(&state, &disk.target.path, &operation);
@@ -241,10 +253,12 @@ impl Runner<'_> {
                 self.warn(removed.map(drop));
             }
         }
+        Ok(())
     }
 
     fn done(&mut self) -> Result<(), Halt> {
         if let Some(path) = self.plan().witness {
+            self.confirm_ours()?;
             let removed = Witness::remove(&path);
             self.warn(removed);
         }

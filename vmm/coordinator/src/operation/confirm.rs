@@ -58,12 +58,20 @@ impl Runner<'_> {
 
     /// What the guest writes now is lost, whatever is decided later: it must not.
     pub(super) fn stop_moved(&mut self, moved: &[String]) -> Halt {
-        let _ = self.vm.stop(None);
+        if let Err(halt) = self.stop_for_all() {
+            return halt;
+        }
         Halt::Unknown(format!(
             "another client has moved the VM to {}, which this operation has not decided. The VM is stopped, and nothing \
              was removed",
             moved.join(", ")
         ))
+    }
+
+    /// In nobody's name: no operation lets it go on. That a VM cannot be stopped is not worse than what it is stopped for.
+    pub(super) fn stop_for_all(&mut self) -> Result<(), Halt> {
+        let _ = self.orders()?.stop(None);
+        Ok(())
     }
 
     /// The targets that are the image of a disk, be it this operation's or another one.

@@ -36,7 +36,8 @@ impl Runner<'_> {
             }
             self.place("mirror", "before")?;
             self.open_target(index, disk)?;
-            self.vm.mirror(&name, disk, &name, self.settings.copy_mode)?;
+            let mode = self.settings.copy_mode;
+            self.orders()?.mirror(&name, disk, &name, mode)?;
             self.place("mirror", "done")?;
         }
         Ok(())
@@ -45,11 +46,11 @@ impl Runner<'_> {
     pub(super) fn open_target(&mut self, index: usize, disk: &DiskNow) -> Result<(), Halt> {
         let (name, plan) = (self.name(index), self.plan());
         // One that another coordinator has opened, and not used.
-        match self.vm.remove_node(&name) {
+        match self.orders()?.remove_node(&name) {
             Err(error) if error.refusal().is_none() => return Err(error.into()),
             _ => {}
         }
-        Ok(self.vm.add_node(&name, &plan.disks[index].target.path, disk)?)
+        Ok(self.orders()?.add_node(&name, &plan.disks[index].target.path, disk)?)
     }
 
     pub(super) fn await_ready(&mut self) -> Result<(), Halt> {
@@ -88,7 +89,7 @@ impl Runner<'_> {
             }
             if began.elapsed() > CONVERGE && !write_blocking {
                 for job in &jobs {
-                    self.vm.write_blocking(&job.id)?;
+                    self.orders()?.write_blocking(&job.id)?;
                 }
                 write_blocking = true;
             }
@@ -108,6 +109,7 @@ impl Runner<'_> {
             let mut freezer = Freezer::connect(&agent)?;
             self.append(Stage::FreezeIntent, json!({}))?;
             self.place("freeze", "before")?;
+            self.confirm_ours()?;
             self.frozen_since = Some(Instant::now());
             let frozen = freezer.freeze(self.settings.lease);
             self.freezer = Some(freezer);
@@ -127,8 +129,9 @@ impl Runner<'_> {
             let was_running = self.vm.is_running()?;
             self.append(Stage::StopIntent, json!({"was-running": was_running}))?;
             self.place("stop", "before")?;
+            let holder = self.holder();
             self.paused_since = Some(Instant::now());
-            self.vm.stop(self.holder())?;
+            self.orders()?.stop(holder)?;
             self.place("stop", "done")?;
             self.append(Stage::Stopped, json!({}))?;
         }
@@ -145,7 +148,7 @@ impl Runner<'_> {
         }
         self.copying_since = Some(Instant::now());
         self.place("backup", "before")?;
-        self.vm.backup(&jobs)?;
+        self.orders()?.backup(&jobs)?;
         self.place("backup", "done")?;
         // The copy is of this moment: the guest goes on.
         self.release()
@@ -178,7 +181,7 @@ impl Runner<'_> {
             return Err(Halt::Abort(ended(job)));
         }
         for job in jobs {
-            self.vm.cancel(&job.id, false)?;
+            self.orders()?.cancel(&job.id, false)?;
         }
         let began = Instant::now();
         loop {
@@ -191,7 +194,7 @@ impl Runner<'_> {
                 return Err(Halt::Abort("The mirrors do not end".to_owned()));
             }
             for job in jobs.iter().filter(|job| job.status == "pending") {
-                self.vm.job("finalize", &job.id)?;
+                self.orders()?.job("finalize", &job.id)?;
             }
             if let Some(job) = jobs.iter().find(|job| job.error.is_some()) {
                 return Err(Halt::Abort(ended(job)));

@@ -54,7 +54,7 @@ impl Runner<'_> {
         let jobs: Vec<String> = (0..plan.disks.len()).map(|index| self.name(index)).collect();
         let witness = plan.witness.ok_or_else(|| Halt::Unknown("The operation has no witness".to_owned()))?;
         self.place("pivot", "before")?;
-        let answer = self.vm.pivot(&operation, &jobs, &witness);
+        let answer = self.orders()?.pivot(&operation, &jobs, &witness);
         self.place("pivot", "done")?;
         match answer {
             Ok(now) => self.pivoted(&now),
@@ -88,7 +88,8 @@ impl Runner<'_> {
                 }
                 "none" | "draining" if !told && (reason.is_some() || now.state == "none") => {
                     told = true;
-                    match self.vm.abort_pivot(&self.operation()) {
+                    let operation = self.operation();
+                    match self.orders()?.abort_pivot(&operation) {
                         // Too late: then there is another answer to the question.
                         Err(error) if error.refusal().is_none() => return Err(error.into()),
                         _ => {}
@@ -111,7 +112,8 @@ impl Runner<'_> {
         match self.vm.query_pivot(self.id)?.state.as_str() {
             "undetermined" => {
                 self.place("abort", "before")?;
-                self.vm.abort_pivot(&self.operation())?;
+                let operation = self.operation();
+                self.orders()?.abort_pivot(&operation)?;
                 self.place("abort", "done")
             }
             "pivoted" => {
@@ -153,7 +155,7 @@ impl Runner<'_> {
     fn await_pending(&mut self) -> Result<(), Halt> {
         for job in self.jobs_now()? {
             match job.status.as_str() {
-                "ready" => self.vm.job("complete", &job.id)?,
+                "ready" => self.orders()?.job("complete", &job.id)?,
                 // Told already.
                 "waiting" | "pending" => {}
                 _ => return Err(Halt::Abort(format!("Job '{}' is {}", job.id, job.status))),
@@ -184,7 +186,7 @@ impl Runner<'_> {
         let jobs = self.vm.jobs()?;
         for name in &names {
             if jobs.iter().any(|job| job.id == *name && job.status == "pending") {
-                self.vm.job("finalize", name)?;
+                self.orders()?.job("finalize", name)?;
                 self.place("finalize", "done")?;
             }
         }
@@ -200,7 +202,7 @@ impl Runner<'_> {
             });
             if !under_way || began.elapsed() > PATIENCE {
                 // Another client has taken the decision back. What the guest writes now is lost: it must not.
-                let _ = self.vm.stop(None);
+                self.stop_for_all()?;
                 return Err(Halt::Unknown(format!(
                     "disk '{}' works on {}, although it is decided that it is {}: another client has cancelled its job. The \
                      VM is stopped",

@@ -63,6 +63,11 @@ impl Freezer {
         Ok(())
     }
 
+    /// Leaves the guest to another coordinator, as it is.
+    pub(crate) fn leave(mut self) {
+        self.frozen = false;
+    }
+
     /// What a copy is worth that was made since the freeze: asked before the thaw.
     pub(crate) fn consistency(&mut self) -> Result<Consistency, SessionError> {
         let frozen = self.ask("guest-fsfreeze-status", Value::Null, PATIENCE)? == "frozen";

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::freeze::Freezer;
 use super::report::{Observer, Report, Timeline};
 use super::request::Settings;
-use super::vm::{DiskNow, JobNow, VmSession};
+use super::vm::{DiskNow, JobNow, Orders, VmSession};
 use super::{Connection, OperationError, Recovery};
 use crate::durable::{self, DurableError};
 use crate::journal::{
@@ -226,6 +226,7 @@ impl<'a> Runner<'a> {
         for (disk, created) in plan.disks.iter_mut().zip(&created) {
             let stamp = Stamp { kind: StampKind::Incomplete, operation, vm: state.name().to_owned() };
             let abort = |error: &dyn std::error::Error| Halt::Abort(chain(error));
+            self.confirm_ours()?;
             if *created {
                 let was_ours = stamp.claim(&state, &disk.target.path).map_err(|error| abort(&error))?;
                 // By this operation, before somebody died.
@@ -246,6 +247,7 @@ impl<'a> Runner<'a> {
             disk.target = image.map_err(|error| Halt::Abort(error.to_string()))?;
         }
         if let Some(path) = plan.witness.as_deref().filter(|path| !path.exists()) {
+            self.confirm_ours()?;
             Witness::create(path).map_err(|error| Halt::Abort(chain(&error)))?;
         }
         let details = map(json!({"created": created}));
@@ -279,6 +281,17 @@ impl Runner<'_> {
         let operation = self.journal.append(self.id, stage, map(details))?;
         self.observer.stage(self.id, stage);
         Ok(operation)
+    }
+
+    /// Before anything that others can see: whoever was taken over from leaves it to his heir.
+    pub(super) fn confirm_ours(&self) -> Result<(), Halt> {
+        Ok(self.journal.confirm_ours()?)
+    }
+
+    /// The VM, to change something in it.
+    pub(super) fn orders(&mut self) -> Result<Orders<'_>, Halt> {
+        self.confirm_ours()?;
+        Ok(self.vm.orders())
     }
 
     /// Of a disk's job and of its target's node.

@@ -119,48 +119,6 @@ impl VmSession {
         Ok(self.disks()?.into_iter().find(|disk| disk.name() == id))
     }
 
-    /// Opens an image for a disk that is to work on it.
-    pub(super) fn add_node(&mut self, name: &str, image: &Path, like: &DiskNow) -> Result<(), SessionError> {
-        use std::os::unix::fs::FileTypeExt;
-        let is_device = std::fs::metadata(image).is_ok_and(|metadata| metadata.file_type().is_block_device());
-        let driver = if is_device { "host_device" } else { "file" };
-        let cache = json!({"direct": like.direct});
-        let file = json!({"driver": driver, "filename": image, "cache": cache, "discard": "unmap"});
-        let node =
-            json!({"driver": "raw", "node-name": name, "file": file, "cache": cache, "discard": "unmap"});
-        self.ask("blockdev-add", node).map(drop)
-    }
-
-    pub(super) fn remove_node(&mut self, name: &str) -> Result<(), SessionError> {
-        self.ask("blockdev-del", json!({"node-name": name})).map(drop)
-    }
-
-    pub(super) fn mirror(
-        &mut self,
-        job: &str,
-        disk: &DiskNow,
-        target: &str,
-        mode: CopyMode,
-    ) -> Result<(), SessionError> {
-        let arguments = json!({
-            "job-id": job, "device": disk.node, "target": target, "sync": "full", "copy-mode": mode.name(),
-            "auto-finalize": false, "auto-dismiss": false,
-        });
-        self.ask("blockdev-mirror", arguments).map(drop)
-    }
-
-    /// Begins to copy several disks as they are at one moment: job, disk's node, target's node.
-    pub(super) fn backup(&mut self, jobs: &[(String, String, String)]) -> Result<(), SessionError> {
-        let action = |(job, device, target): &(String, String, String)| {
-            let data = json!({
-                "job-id": job, "device": device, "target": target, "sync": "full", "auto-dismiss": false,
-            });
-            json!({"type": "blockdev-backup", "data": data})
-        };
-        let actions: Vec<_> = jobs.iter().map(action).collect();
-        self.ask("transaction", json!({"actions": actions})).map(drop)
-    }
-
     pub(super) fn jobs(&mut self) -> Result<Vec<JobNow>, SessionError> {
         let jobs = self.ask("query-jobs", Value::Null)?;
         let block = self.ask("query-block-jobs", Value::Null)?;
@@ -181,18 +139,75 @@ impl VmSession {
         Ok(jobs.as_array().into_iter().flatten().map(job).collect())
     }
 
+    pub(super) fn query_pivot(&mut self, id: Uuid) -> Result<PivotNow, SessionError> {
+        self.ask("tarn-query-pivot", json!({"op": id})).map(|reply| PivotNow::of(&reply))
+    }
+
+    /// For who is still this VM's coordinator, and for one order.
+    pub(super) fn orders(&mut self) -> Orders<'_> {
+        Orders(self)
+    }
+}
+
+/// What changes something in a VM.
+#[derive(Debug)]
+pub(super) struct Orders<'a>(&'a mut VmSession);
+
+impl Orders<'_> {
+    /// Opens an image for a disk that is to work on it.
+    pub(super) fn add_node(&mut self, name: &str, image: &Path, like: &DiskNow) -> Result<(), SessionError> {
+        use std::os::unix::fs::FileTypeExt;
+        let is_device = std::fs::metadata(image).is_ok_and(|metadata| metadata.file_type().is_block_device());
+        let driver = if is_device { "host_device" } else { "file" };
+        let cache = json!({"direct": like.direct});
+        let file = json!({"driver": driver, "filename": image, "cache": cache, "discard": "unmap"});
+        let node =
+            json!({"driver": "raw", "node-name": name, "file": file, "cache": cache, "discard": "unmap"});
+        self.0.ask("blockdev-add", node).map(drop)
+    }
+
+    pub(super) fn remove_node(&mut self, name: &str) -> Result<(), SessionError> {
+        self.0.ask("blockdev-del", json!({"node-name": name})).map(drop)
+    }
+
+    pub(super) fn mirror(
+        &mut self,
+        job: &str,
+        disk: &DiskNow,
+        target: &str,
+        mode: CopyMode,
+    ) -> Result<(), SessionError> {
+        let arguments = json!({
+            "job-id": job, "device": disk.node, "target": target, "sync": "full", "copy-mode": mode.name(),
+            "auto-finalize": false, "auto-dismiss": false,
+        });
+        self.0.ask("blockdev-mirror", arguments).map(drop)
+    }
+
+    /// Begins to copy several disks as they are at one moment: job, disk's node, target's node.
+    pub(super) fn backup(&mut self, jobs: &[(String, String, String)]) -> Result<(), SessionError> {
+        let action = |(job, device, target): &(String, String, String)| {
+            let data = json!({
+                "job-id": job, "device": device, "target": target, "sync": "full", "auto-dismiss": false,
+            });
+            json!({"type": "blockdev-backup", "data": data})
+        };
+        let actions: Vec<_> = jobs.iter().map(action).collect();
+        self.0.ask("transaction", json!({"actions": actions})).map(drop)
+    }
+
     pub(super) fn job(&mut self, verb: &str, id: &str) -> Result<(), SessionError> {
-        self.ask(&format!("job-{verb}"), json!({"id": id})).map(drop)
+        self.0.ask(&format!("job-{verb}"), json!({"id": id})).map(drop)
     }
 
     /// Ends a job; one that is ready and not forced keeps its copy.
     pub(super) fn cancel(&mut self, id: &str, force: bool) -> Result<(), SessionError> {
-        self.ask("block-job-cancel", json!({"device": id, "force": force})).map(drop)
+        self.0.ask("block-job-cancel", json!({"device": id, "force": force})).map(drop)
     }
 
     pub(super) fn write_blocking(&mut self, id: &str) -> Result<(), SessionError> {
         let arguments = json!({"id": id, "type": "mirror", "copy-mode": CopyMode::WriteBlocking.name()});
-        self.ask("block-job-change", arguments).map(drop)
+        self.0.ask("block-job-change", arguments).map(drop)
     }
 
     pub(super) fn pivot(
@@ -204,25 +219,21 @@ impl VmSession {
         let mut arguments = of(operation);
         arguments.insert("jobs".into(), jobs.into());
         arguments.insert("witness".into(), witness.to_string_lossy().into());
-        let reply = self.ask_for("tarn-pivot", Value::Object(arguments), PIVOT_PATIENCE)?;
+        let reply = self.0.ask_for("tarn-pivot", Value::Object(arguments), PIVOT_PATIENCE)?;
         Ok(PivotNow::of(&reply))
     }
 
-    pub(super) fn query_pivot(&mut self, id: Uuid) -> Result<PivotNow, SessionError> {
-        self.ask("tarn-query-pivot", json!({"op": id})).map(|reply| PivotNow::of(&reply))
-    }
-
     pub(super) fn abort_pivot(&mut self, operation: &Operation) -> Result<(), SessionError> {
-        self.ask_for("tarn-pivot-abort", Value::Object(of(operation)), PIVOT_PATIENCE).map(drop)
+        self.0.ask_for("tarn-pivot-abort", Value::Object(of(operation)), PIVOT_PATIENCE).map(drop)
     }
 
     /// Stops the VM in the name of an operation, where the VM knows of such.
     pub(super) fn stop(&mut self, operation: Option<Uuid>) -> Result<(), SessionError> {
-        self.ask("stop", named(operation)).map(drop)
+        self.0.ask("stop", named(operation)).map(drop)
     }
 
     pub(super) fn cont(&mut self, operation: Option<Uuid>) -> Result<(), SessionError> {
-        self.ask("cont", named(operation)).map(drop)
+        self.0.ask("cont", named(operation)).map(drop)
     }
 }
 
