@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 
-use coordinator::journal::Protocol;
+use coordinator::journal::{OperationKind, Protocol};
 use devices::testing::Random;
 use serde::{Deserialize, Serialize};
 
@@ -143,11 +143,22 @@ pub(crate) fn scenarios(random: &mut Random) -> Vec<Cell> {
                 let write_blocking = random.below(2) == 0;
                 let freeze = pause && disks == 1;
                 let reuse = disks == 1 && !pause || random.below(3) == 0;
-                let recipe = Recipe { protocol, disks, freeze, pause, write_blocking, reuse };
+                let kind = OperationKind::Pivot;
+                let recipe = Recipe { kind, protocol, disks, freeze, pause, write_blocking, reuse };
                 for fault in faults_of(protocol) {
                     cells.push(Cell::quiet(recipe, fault, random.bits()));
                 }
             }
+        }
+    }
+    for kind in [OperationKind::Mirror, OperationKind::Backup] {
+        for disks in [1, 2] {
+            let (write_blocking, freeze) =
+                (kind == OperationKind::Mirror && random.below(2) == 0, disks == 2);
+            let pause = disks == 2 && random.below(2) == 0;
+            let (protocol, reuse) = (Protocol::A, random.below(3) == 0);
+            let recipe = Recipe { kind, protocol, disks, freeze, pause, write_blocking, reuse };
+            cells.push(Cell::quiet(recipe, Fault::None, random.bits()));
         }
     }
     cells
@@ -242,7 +253,7 @@ fn strangers(quiet: &Cell, places: &[Place], random: &mut Random, cells: &mut Ve
         cells.push(Cell { place, who, stranger: Some(stranger), seed, ..quiet.clone() });
     }
     // Only who lives can tell that somebody else has moved the disks.
-    for place in places.iter().filter(|place| may_be_completed(quiet.recipe.protocol, place)) {
+    for place in places.iter().filter(|place| may_be_completed(quiet.recipe, place)) {
         for who in [Who::Nobody, Who::Coordinator] {
             let (place, seed) = (Some(place.clone()), random.bits());
             cells.push(Cell { place, who, stranger: Some(Stranger::Complete), seed, ..quiet.clone() });
@@ -250,9 +261,12 @@ fn strangers(quiet: &Cell, places: &[Place], random: &mut Random, cells: &mut Ve
     }
 }
 
-/// Under B a move that was not intended here cannot be taken for its outcome: the VM stops.
-fn may_be_completed(protocol: Protocol, place: &Place) -> bool {
-    let from: &[&str] = match protocol {
+/// Under B a move that was not intended here cannot be taken for its outcome, nor can one of a mirror: the VM stops.
+fn may_be_completed(recipe: Recipe, place: &Place) -> bool {
+    if recipe.kind != OperationKind::Pivot {
+        return false;
+    }
+    let from: &[&str] = match recipe.protocol {
         Protocol::A => &["journal.ready.", "journal.stop", "journal.pivot-intent.", "coordinator.pivot."],
         Protocol::B => &["coordinator.complete.", "journal.commit."],
     };

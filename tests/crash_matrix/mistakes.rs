@@ -1,6 +1,6 @@
 //! Mistakes on purpose: a search for lost writes that finds none proves something only if it would find some.
 
-use coordinator::journal::Protocol;
+use coordinator::journal::{OperationKind, Protocol};
 use serde::{Deserialize, Serialize};
 
 use crate::cells::{Cell, Fault, Who};
@@ -38,6 +38,9 @@ impl Mistake {
 
     /// Whether it can show in a run.
     fn shows_in(self, cell: &Cell) -> bool {
+        if cell.recipe.kind != OperationKind::Pivot {
+            return false;
+        }
         let name = cell.place.as_ref().map_or("", |place| place.name.as_str());
         let decisive = ["pivoted", "answer", "switch", "finalize", "pivot.done", "config-committed"];
         let protocol = if self == Self::CommitSkipped { Protocol::B } else { Protocol::A };

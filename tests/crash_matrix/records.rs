@@ -134,6 +134,15 @@ impl Ledger {
             Promise::Acknowledged => self.acknowledged.iter().copied().collect(),
             Promise::Flushed => self.acknowledged[..self.flushed].iter().copied().collect(),
         };
+        self.compare(disk, image, &kept)
+    }
+
+    /// What is missing in a copy of disk `disk` that was begun when the guest had been promised what `early` has.
+    pub(crate) fn check_copy(&self, early: &Self, disk: usize, image: &[u8]) -> Vec<String> {
+        self.compare(disk, image, &early.acknowledged.iter().copied().collect())
+    }
+
+    fn compare(&self, disk: usize, image: &[u8], kept: &HashSet<u64>) -> Vec<String> {
         let mut lost = Vec::new();
         for (sector, bytes) in (0..).zip(image.chunks_exact(SECTOR)) {
             let none = Vec::new();

@@ -11,15 +11,15 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use coordinator::journal::Side;
-use coordinator::operation::{self, Liveness, Silent};
+use coordinator::journal::{OperationKind, Side};
+use coordinator::operation::{self, Liveness, OperationError, Silent};
 use coordinator::resolve::Resolver;
 use coordinator::{MonitorSession, lose_power};
 use serde_json::{Value, json};
 
 use crate::cells::{Cell, Fault, Place, Role, Stranger, Who};
 use crate::process::{Gate, PATIENCE, Process, Waiting};
-use crate::records::Promise;
+use crate::records::{Ledger, Promise};
 use crate::setup::{SIZE, Setup, is_target};
 use crate::strangers;
 use crate::verdict::{self, Findings, by_table, differences, snapshot};
@@ -36,6 +36,8 @@ struct Run<'a> {
     vmm: Process,
     coordinator: Process,
     is_vmm_dead: bool,
+    /// What the guest had been promised when the operation began.
+    early: Vec<Ledger>,
     findings: Findings,
 }
 
@@ -63,14 +65,15 @@ pub(crate) fn run(cell: &Cell, directory: &Path) -> Result<Findings, Failure> {
     let gate = Gate::new(&setup)?;
     let mut vmm = Process::start(&setup, "vmm", &armed(cell, Role::Vmm))?;
     vmm.line()?;
+    let early = Ledger::parse(&fs::read_to_string(setup.log())?, cell.recipe.disks);
     let coordinator = Process::start(&setup, "coordinator", &armed(cell, Role::Coordinator))?;
     let (is_vmm_dead, findings) = (false, Findings::default());
-    let mut run = Run { cell, setup, vmm, coordinator, is_vmm_dead, findings };
+    let mut run = Run { cell, setup, vmm, coordinator, is_vmm_dead, early, findings };
     match gate.await_arrival(&run.coordinator) {
         Ok(Some(waiting)) => run.crash(waiting)?,
         Ok(None) => {
             if !run.coordinator.end()? && cell.is_undisturbed() {
-                run.findings.other.push("The pivot did not come to its end".into());
+                run.findings.other.push("The operation did not come to its end".into());
             }
             run.deaths(None);
         }
@@ -235,9 +238,15 @@ impl Run<'_> {
         }
         let promise = if self.cell.who.is_power() { Promise::Flushed } else { Promise::Acknowledged };
         verdict::boot(&self.setup, named, promise, &mut self.findings)?;
+        if self.cell.recipe.kind != OperationKind::Pivot {
+            verdict::copies(&self.setup, &self.early, &mut self.findings)?;
+        }
         if self.cell.recipe.reuse && named == Side::Source {
-            let stamps_fail =
-                matches!(&self.cell.fault, Fault::Place { armed, .. } if armed.starts_with("stamp."));
+            // Or somebody stamps late, who was taken over from in the middle of it.
+            let is_late = self.cell.stranger == Some(Stranger::Successor)
+                && self.cell.place.as_ref().is_some_and(|place| place.name.starts_with("stamp."));
+            let stamps_fail = is_late
+                || matches!(&self.cell.fault, Fault::Place { armed, .. } if armed.starts_with("stamp."));
             verdict::left_behind(&self.setup, stamps_fail, &mut self.findings)?;
         }
         // What was decided was not only in memory.
@@ -265,13 +274,26 @@ impl Run<'_> {
 
     /// Two runs in three do something else first, where it can be done: another coordinator goes on, or takes it back. If
     /// that is refused, or does not come to an end, recovery does.
-    fn take_up(&self) {
+    fn take_up(&mut self) {
         let (state, vm) = (self.setup.state(), self.setup.connection());
         match (self.is_vmm_dead, (self.cell.seed >> 4) % 3) {
-            (false, 1) => drop(operation::resume(&state, &vm, &mut Silent)),
+            (false, 1) => match operation::resume(&state, &vm, &mut Silent) {
+                Ok(_) | Err(OperationError::Refused(_)) => {}
+                Err(error) if self.can_be_resumed() => {
+                    self.findings.other.push(format!("It was not resumed: {}", chain(&error)));
+                }
+                Err(_) => {}
+            },
             (false, 2) => drop(operation::abort(&state, &vm, &mut Silent)),
             _ => {}
         }
+    }
+
+    /// Where nothing but a coordinator has died, another one goes on with what it did.
+    fn can_be_resumed(&self) -> bool {
+        let Cell { recipe, fault, who, stranger, again, .. } = self.cell;
+        let undisturbed = *fault == Fault::None && stranger.is_none() && again.is_none();
+        undisturbed && *who == Who::Coordinator && recipe.kind != OperationKind::Backup
     }
 
     fn recover(&mut self) {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use block::{EngineKind, Errno, FaultOperation, FaultRule};
 use coordinator::StateDir;
-use coordinator::journal::Protocol;
+use coordinator::journal::{OperationKind, Protocol};
 use coordinator::operation::{Connection, CopyMode, Request, Settings};
 use coordinator::record::Operation;
 use coordinator::stamp::{Stamp, StampKind};
@@ -21,6 +21,7 @@ const NAME: &str = "vm";
 /// What is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Recipe {
+    pub(crate) kind: OperationKind,
     pub(crate) protocol: Protocol,
     pub(crate) disks: usize,
     pub(crate) freeze: bool,
@@ -129,11 +130,16 @@ impl Setup {
     }
 
     pub(crate) fn request(&self) -> Request {
-        let Recipe { protocol, disks, freeze, pause, write_blocking, reuse } = self.recipe;
+        let Recipe { kind, protocol, disks, freeze, pause, write_blocking, reuse } = self.recipe;
         let copy_mode = if write_blocking { CopyMode::WriteBlocking } else { CopyMode::Background };
         let pairs = (0..disks).map(|disk| (Self::disk(disk), self.target(disk)));
         let settings = Settings { copy_mode, ..Settings::default() };
-        Request { protocol, freeze, pause, reuse, settings, ..Request::pivot(pairs) }
+        let request = match kind {
+            OperationKind::Pivot => Request::pivot(pairs),
+            OperationKind::Mirror => Request::mirror(pairs),
+            OperationKind::Backup => Request::backup(pairs),
+        };
+        Request { protocol, freeze, pause, reuse, settings, ..request }
     }
 }
 

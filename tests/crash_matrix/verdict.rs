@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use block::{Disk, DiskOptions, Format};
-use coordinator::journal::{self, OperationLog, Protocol, Side, Stage};
+use coordinator::journal::{self, OperationLog, Outcome, Protocol, Side, Stage};
 use coordinator::record::{RECORD_MAX, Record as Block};
 use coordinator::resolve::Resolver;
 use coordinator::stamp::{Stamp, StampKind};
@@ -159,6 +159,27 @@ pub(crate) fn boot(
     Ok(())
 }
 
+/// The targets of a mirror or a backup: complete, with all that was promised when it began, and not stamped; or gone, or
+/// stamped.
+pub(crate) fn copies(setup: &Setup, early: &[Ledger], findings: &mut Findings) -> Result<(), Failure> {
+    let Some(last) = journal::operations(&setup.state())?.pop() else { return Ok(()) };
+    let log = fs::read_to_string(setup.log())?;
+    let ledgers = Ledger::parse(&log, setup.recipe.disks);
+    for (disk, (ledger, early)) in ledgers.iter().zip(early).enumerate() {
+        let target = setup.target(disk);
+        let stamp = Stamp::read(&setup.state(), &target)?;
+        if last.outcome() != Outcome::Completed {
+            if target.exists() && stamp.is_none() {
+                findings.wrong.push(format!("The copy of disk {disk} is not complete, nor stamped"));
+            }
+            continue;
+        }
+        let lost = ledger.check_copy(early, disk, &fs::read(&target)?);
+        findings.lost.extend(lost.into_iter().map(|lost| format!("copy of {lost}")));
+    }
+    Ok(())
+}
+
 /// Targets that were there before, and have not become disks: as they were, or stamped by the operation that has written
 /// to them.
 pub(crate) fn left_behind(setup: &Setup, stamps_fail: bool, findings: &mut Findings) -> Result<(), Failure> {
@@ -167,6 +188,9 @@ pub(crate) fn left_behind(setup: &Setup, stamps_fail: bool, findings: &mut Findi
     for disk in 0..setup.recipe.disks {
         let target = setup.target(disk);
         let as_before = fs::read(&target).is_ok_and(|image| image == Setup::left_behind());
+        if last.as_ref().is_some_and(|last| last.outcome() == Outcome::Completed) {
+            continue;
+        }
         let complaint = match Stamp::read(&setup.state(), &target)? {
             Some(stamp) if stamp == Setup::former() => (!as_before).then_some("was written to"),
             Some(stamp) if last.as_ref().is_some_and(|last| last.id() == stamp.operation.id) => {

@@ -20,7 +20,7 @@
 //! | pivot-intent (A) | empty, torn, revoked, of another operation | source |
 //! | pivot-intent (A) | unreadable, gone, never made | undecidable |
 //! | any before pivot-intent (A), before commit (B) | | source |
-//! | any, of a mirror or backup | | source |
+//! | any, of a mirror or backup | | source; the targets are copies after copied |
 //!
 //! The VM has to be dead, and has to stay so until this is over: the caller has its run-time directory's lock.
 
@@ -282,7 +282,7 @@ impl Resolver {
         let (witness, error) = Reading::of(plan.witness.as_deref(), &open.operation);
         let decision = decide(open.progress, plan.kind, plan.protocol, witness);
         let side = self.side(decision, journal.state_dir().name(), open, error)?;
-        if !open.progress.is_decided() {
+        if !open.progress.is_decided() && !open.progress.is_copied() {
             let by = if matches!(decision, Decision::Undecidable(_)) { "user" } else { "resolver" };
             journal.append(
                 id,
@@ -293,6 +293,13 @@ impl Resolver {
         let mut warnings = Vec::new();
         match side {
             Side::Target => conclude_target(journal, id, &mut warnings)?,
+            Side::Source if open.progress.is_copied() => {
+                for disk in &plan.disks {
+                    journal.confirm_ours()?;
+                    let removed = Stamp::remove(journal.state_dir(), &disk.target.path, &open.operation);
+                    warn(&mut warnings, removed);
+                }
+            }
             Side::Source => {
                 journal.confirm_ours()?;
                 keep_stamps(journal.state_dir(), open, &mut warnings);

@@ -6,11 +6,14 @@
 //!                            └────────┘  │                                                             ▼
 //!                    freeze-intent ▶ frozen ▶ stop-intent ▶ stopped         resumed, thawed, source-retired ▶ done
 //!
+//!   a mirror:   … ready ▶ [held] ▶ end-intent ▶ copied ▶ done          a backup:   … mirroring ▶ copied ▶ done
+//!
 //!   decided once:  pivoted │ aborted │ resolved-source │ resolved-target       (commit decides, too, and only forward)
 //! ```
 //!
-//! Each record is durable before what it announces (`…-intent`) or after what it reports. A mirror and a backup have no
-//! intent and decide nothing about which image is the disk; a backup freezes before it begins to copy.
+//! Each record is durable before what it announces (`…-intent`) or after what it reports. A mirror and a backup decide
+//! nothing about which image is the disk, but once their copies are complete they are not undone any more; a backup
+//! freezes before it begins to copy.
 
 use serde::{Deserialize, Serialize};
 
@@ -97,11 +100,15 @@ pub enum Stage {
     Aborted,
     /// After the VMM's end: this side is the disk.
     Resolved(Side),
+    /// A mirror: all jobs have been ready, and may be told to end from here on.
+    EndIntent,
+    /// A mirror or a backup: the targets are complete copies, and last.
+    Copied,
 }
 
 impl Stage {
     /// All of them.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 22] = [
         Self::Planned,
         Self::Prepared,
         Self::Mirroring,
@@ -122,6 +129,8 @@ impl Stage {
         Self::Aborted,
         Self::Resolved(Side::Source),
         Self::Resolved(Side::Target),
+        Self::EndIntent,
+        Self::Copied,
     ];
 
     /// Its name, in listings and of its failpoints.
@@ -147,6 +156,8 @@ impl Stage {
             Self::Aborted => "aborted",
             Self::Resolved(Side::Source) => "resolved-source",
             Self::Resolved(Side::Target) => "resolved-target",
+            Self::EndIntent => "end-intent",
+            Self::Copied => "copied",
         }
     }
 
@@ -210,6 +221,8 @@ pub struct Progress {
     pause: Hold,
     configured: bool,
     retired: bool,
+    ending: bool,
+    copied: bool,
 }
 
 impl Progress {
@@ -217,7 +230,8 @@ impl Progress {
     pub fn planned(kind: OperationKind, protocol: Protocol) -> Self {
         let (last, phase) = (Stage::Planned, Phase::Planned);
         let (freeze, pause) = (Hold::None, Hold::None);
-        Self { kind, protocol, last, phase, freeze, pause, configured: false, retired: false }
+        let (configured, retired, ending, copied) = (false, false, false, false);
+        Self { kind, protocol, last, phase, freeze, pause, configured, retired, ending, copied }
     }
 
     /// The last record.
@@ -261,6 +275,16 @@ impl Progress {
         self.retired
     }
 
+    /// Whether mirrors may have been told to end as copies.
+    pub fn is_ending(self) -> bool {
+        self.ending
+    }
+
+    /// Whether the targets are complete copies, by a record.
+    pub fn is_copied(self) -> bool {
+        self.copied
+    }
+
     /// What of the guest's filesystems is to be thawed.
     pub fn freeze(self) -> Hold {
         self.freeze
@@ -289,26 +313,31 @@ impl Progress {
             Stage::Planned => return None,
             Stage::Prepared => self.go(&[Planned], Prepared)?,
             Stage::Mirroring => {
-                must(self.is_settled())?;
+                must(self.is_settled() && !self.ending && !self.copied)?;
                 self.go(&[Prepared, Copying, Ready], Copying)?;
             }
-            Stage::Ready => self.go(&[Copying], Ready)?,
-            Stage::FreezeIntent => {
-                must(self.may_hold() && self.freeze == Hold::None && self.pause == Hold::None)?;
-                self.freeze = Hold::Asked;
+            Stage::Ready => {
+                must(!self.copied)?;
+                self.go(&[Copying], Ready)?;
             }
-            Stage::Frozen => {
-                must(self.may_hold())?;
-                step(&mut self.freeze, &[Hold::Asked], Hold::Held)?;
+            Stage::EndIntent => {
+                must(self.kind == OperationKind::Mirror && self.phase == Ready && self.is_settled())?;
+                step(&mut self.ending, &[false], true)?;
             }
-            Stage::StopIntent => {
-                must(self.may_hold() && self.is_settled())?;
-                step(&mut self.pause, &[Hold::None], Hold::Asked)?;
+            Stage::Copied => {
+                must(match self.kind {
+                    OperationKind::Pivot => false,
+                    OperationKind::Mirror => self.phase == Ready && self.ending,
+                    OperationKind::Backup => self.phase == Copying,
+                })?;
+                step(&mut self.copied, &[false], true)?;
             }
-            Stage::Stopped => {
-                must(self.may_hold())?;
-                step(&mut self.pause, &[Hold::Asked], Hold::Held)?;
-            }
+            Stage::FreezeIntent
+            | Stage::Frozen
+            | Stage::StopIntent
+            | Stage::Stopped
+            | Stage::Resumed
+            | Stage::Thawed => self.follow_hold(stage)?,
             Stage::PivotIntent | Stage::CompleteIntent => {
                 let protocol = if stage == Stage::PivotIntent { Protocol::A } else { Protocol::B };
                 must(self.kind == OperationKind::Pivot && self.protocol == protocol && self.is_settled())?;
@@ -326,14 +355,6 @@ impl Progress {
                 must(self.phase == Decided(Side::Target) && !self.configured)?;
                 self.configured = true;
             }
-            Stage::Resumed => {
-                must(self.may_release())?;
-                step(&mut self.pause, &[Hold::Asked, Hold::Held], Hold::None)?;
-            }
-            Stage::Thawed => {
-                must(self.may_release())?;
-                step(&mut self.freeze, &[Hold::Asked, Hold::Held], Hold::None)?;
-            }
             Stage::SourceRetired => {
                 must(matches!(self.phase, Decided(_)) && self.configured && !self.retired)?;
                 self.retired = true;
@@ -343,6 +364,7 @@ impl Progress {
                 self.phase = Done;
             }
             Stage::Aborted | Stage::Resolved(Side::Source) => {
+                must(!self.copied)?;
                 self.go(&[Planned, Prepared, Copying, Ready, Intent], Decided(Side::Source))?;
             }
             Stage::Resolved(Side::Target) => {
@@ -354,6 +376,39 @@ impl Progress {
                 };
                 self.go(from, Decided(Side::Target))?;
             }
+        }
+        Some(())
+    }
+
+    /// What is asked of the guest, and taken back.
+    fn follow_hold(&mut self, stage: Stage) -> Option<()> {
+        let must = |holds: bool| holds.then_some(());
+        match stage {
+            Stage::FreezeIntent => {
+                must(self.may_hold() && self.freeze == Hold::None && self.pause == Hold::None)?;
+                self.freeze = Hold::Asked;
+            }
+            Stage::Frozen => {
+                must(self.may_hold())?;
+                step(&mut self.freeze, &[Hold::Asked], Hold::Held)?;
+            }
+            Stage::StopIntent => {
+                must(self.may_hold() && self.is_settled())?;
+                step(&mut self.pause, &[Hold::None], Hold::Asked)?;
+            }
+            Stage::Stopped => {
+                must(self.may_hold())?;
+                step(&mut self.pause, &[Hold::Asked], Hold::Held)?;
+            }
+            Stage::Resumed => {
+                must(self.may_release())?;
+                step(&mut self.pause, &[Hold::Asked, Hold::Held], Hold::None)?;
+            }
+            Stage::Thawed => {
+                must(self.may_release())?;
+                step(&mut self.freeze, &[Hold::Asked, Hold::Held], Hold::None)?;
+            }
+            _ => return None,
         }
         Some(())
     }
@@ -371,7 +426,7 @@ impl Progress {
     fn may_hold(&self) -> bool {
         match self.kind {
             OperationKind::Backup => self.phase == Phase::Prepared,
-            OperationKind::Pivot | OperationKind::Mirror => self.phase == Phase::Ready,
+            OperationKind::Pivot | OperationKind::Mirror => self.phase == Phase::Ready && !self.ending,
         }
     }
 

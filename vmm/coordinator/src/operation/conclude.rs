@@ -64,15 +64,16 @@ impl Runner<'_> {
         self.done()
     }
 
-    /// The targets are copies; nothing is stamped.
+    /// The targets are copies; nothing is stamped. Mirrors that are pending hold the guest's I/O, so they go before it is
+    /// let go.
     pub(super) fn conclude_copy(&mut self) -> Result<(), Halt> {
         self.confirm_sources()?;
         self.leave_vm()?.map_err(Halt::Unknown)?;
+        self.release()?;
         let (state, plan, operation) = (self.journal.state_dir().clone(), self.plan(), self.operation());
         for (index, disk) in plan.disks.iter().enumerate() {
             self.forget_node(&self.name(index))?;
             self.confirm_ours()?;
-            durable::sync_image(&disk.target.path)?;
             let removed = Stamp::remove(&state, &disk.target.path, &operation);
             self.warn(removed.map(drop));
         }

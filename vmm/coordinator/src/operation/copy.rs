@@ -9,6 +9,7 @@ use super::report::Copying;
 use super::steps::{Halt, Runner};
 use super::vm::{DiskNow, JobNow};
 use crate::journal::{Hold, OperationKind, Stage};
+use crate::{chain, durable};
 
 /// How often a copy is looked at.
 const LOOK: Duration = Duration::from_millis(100);
@@ -173,40 +174,78 @@ impl Runner<'_> {
         }
     }
 
-    /// Each mirror ends as the copy it is at that moment.
     pub(super) fn end_mirrors(&mut self) -> Result<(), Halt> {
         let jobs = self.jobs_now()?;
         // One that is pending, or about to be, was completed by another client: to finalize it would move the disk.
         if let Some(job) = jobs.iter().find(|job| job.status != "ready") {
             return Err(Halt::Abort(ended(job)));
         }
-        for job in jobs {
-            self.orders()?.cancel(&job.id, false)?;
-        }
-        let began = Instant::now();
+        self.append(Stage::EndIntent, json!({}))?;
+        self.await_end()
+    }
+
+    /// Each mirror ends as the copy it is at that moment. All were ready when they were to be told; which of them another
+    /// coordinator has told before it died, and which another client, nobody knows: so one that is pending already is as
+    /// good a copy as any, but it is not finalized, which might move its disk.
+    pub(super) fn await_end(&mut self) -> Result<(), Halt> {
+        let (began, mut told) = (Instant::now(), Vec::new());
         loop {
             let jobs = self.jobs_now()?;
             let is_stuck = |job: &&JobNow| matches!(job.status.as_str(), "paused" | "standby");
-            if let Some(job) = jobs.iter().find(is_stuck) {
+            if let Some(job) = jobs.iter().find(|job| job.error.is_some() || is_stuck(job)) {
                 return Err(Halt::Abort(ended(job)));
             }
             if began.elapsed() > PATIENCE {
                 return Err(Halt::Abort("The mirrors do not end".to_owned()));
             }
-            for job in jobs.iter().filter(|job| job.status == "pending") {
-                self.orders()?.job("finalize", &job.id)?;
-            }
-            if let Some(job) = jobs.iter().find(|job| job.error.is_some()) {
-                return Err(Halt::Abort(ended(job)));
+            for JobNow { id, status, .. } in &jobs {
+                match (status.as_str(), told.contains(id)) {
+                    ("ready", false) => {
+                        self.confirm_held()?;
+                        self.place("end", "before")?;
+                        self.orders()?.cancel(id, false)?;
+                        told.push(id.clone());
+                        self.place("end", "done")?;
+                    }
+                    ("pending", true) => self.orders()?.job("finalize", id)?,
+                    _ => {}
+                }
             }
             if jobs.iter().all(|job| job.status == "concluded") {
-                break;
+                self.confirm_sources()?;
+                self.release()?;
+                return self.complete();
+            }
+            if jobs
+                .iter()
+                .all(|job| job.status == "concluded" || job.status == "pending" && !told.contains(&job.id))
+            {
+                self.confirm_sources()?;
+                return self.complete();
             }
             self.vm.await_event(LOOK)?;
         }
-        self.confirm_sources()?;
-        self.release()?;
-        self.conclude_copy()
+    }
+
+    /// Copies that end after the guest went on are not of the moment at which it was held.
+    fn confirm_held(&self) -> Result<(), Halt> {
+        let (flags, progress) = (self.plan().flags, self.progress());
+        let goes_on =
+            flags.pause && progress.pause() == Hold::None || flags.freeze && progress.freeze() == Hold::None;
+        match goes_on {
+            true => Err(Halt::Abort("The guest went on before all mirrors had ended".to_owned())),
+            false => Ok(()),
+        }
+    }
+
+    /// The targets have all that they are to have: once that lasts and is written down, nothing undoes them any more.
+    pub(super) fn complete(&mut self) -> Result<(), Halt> {
+        for disk in self.plan().disks {
+            self.confirm_ours()?;
+            // One whose sync has failed is no copy, even if another sync were to succeed.
+            durable::sync_image(&disk.target.path).map_err(|error| Halt::Abort(chain(&error)))?;
+        }
+        self.append(Stage::Copied, json!({})).map(drop)
     }
 
     fn tell(&mut self, jobs: &[JobNow]) {

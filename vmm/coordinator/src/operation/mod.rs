@@ -17,6 +17,9 @@
 //! [`resume`] goes on, [`abort`] and [`recover`] come to an end without going on. What is next follows from the
 //! journal, never from what a process remembers.
 //!
+//! A mirror and a backup decide nothing about the disks. They end as `copied`, a mirror after `end-intent`: from there on
+//! they are finished and not undone, by whoever takes them up.
+//!
 //! **Protocol A** leaves the decision to the VM: `tarn-pivot` with a witness, one for all disks. **Protocol B** decides
 //! here, over verbs that QEMU has, too: all mirrors pending, one commit in the journal, all finalized. Under B guest I/O
 //! is held for as long as nobody coordinates, and another client can break it by cancelling a job.
@@ -49,7 +52,7 @@ pub use self::report::{Copying, Observer, Report, Silent, Timeline};
 pub use self::request::{CopyMode, Request, Settings};
 use self::steps::{Halt, Runner};
 use crate::journal::{Journal, JournalError, OperationLog, Outcome, Stage};
-use crate::resolve::{Resolution, ResolveError, Resolver};
+use crate::resolve::{Reading, Resolution, ResolveError, Resolver};
 use crate::state_dir::StateDir;
 use crate::{DurableError, SessionError};
 
@@ -220,18 +223,19 @@ pub fn resolved(resolution: Resolution) -> Recovery {
     let found = operation.entries.iter().rev().map(|entry| entry.stage).find(|stage| {
         !matches!(stage, Stage::Done | Stage::Resolved(_) | Stage::ConfigCommitted | Stage::SourceRetired)
     });
-    let mut story = vec![format!(
-        "The VM ended when operation {} was at {}; its witness is {}",
-        operation.id(),
-        found.map_or("new", Stage::name),
-        resolved.witness.name()
-    )];
+    let witness = match resolved.witness {
+        Reading::Unplanned => String::new(),
+        witness => format!("; its witness is {}", witness.name()),
+    };
+    let stage = found.map_or("new", Stage::name);
+    let mut story = vec![format!("The VM ended when operation {} was at {stage}{witness}", operation.id())];
     story.extend(operation.plan.disks.iter().map(|disk| {
-        let (image, other) = match operation.outcome() {
-            Outcome::Pivoted => (&disk.target, &disk.source),
-            _ => (&disk.source, &disk.target),
-        };
-        format!("disk '{}' is {}, not {}", disk.disk, image.path.display(), other.path.display())
+        let (id, source, target) = (&disk.disk, disk.source.path.display(), disk.target.path.display());
+        match operation.outcome() {
+            Outcome::Pivoted => format!("disk '{id}' is {target}, not {source}"),
+            Outcome::Completed => format!("disk '{id}' is {source}, and {target} is a complete copy"),
+            Outcome::Aborted | Outcome::Open => format!("disk '{id}' is {source}, not {target}"),
+        }
     }));
     Recovery { operation: Some(operation), found, story, warnings: resolved.warnings }
 }

@@ -113,7 +113,7 @@ impl<'a> Runner<'a> {
 
     pub(super) fn resume(mut self) -> Result<Report, OperationError> {
         let progress = self.progress();
-        if !progress.is_decided() && !progress.is_intended() {
+        if progress.decision().is_none() && !progress.is_intended() && !progress.is_ending() {
             // What was held in between was held in vain.
             self.release().map_err(|halt| self.left(halt))?;
         }
@@ -123,6 +123,12 @@ impl<'a> Runner<'a> {
     pub(super) fn abort(self) -> Result<Recovery, OperationError> {
         if self.progress().decision() == Some(Side::Target) {
             let text = format!("Operation {} is decided: its targets are the disks", self.id);
+            return Err(OperationError::Refused(text));
+        }
+        if self.progress().is_copied() {
+            let vm = self.journal.state_dir().name();
+            let text =
+                format!("The copies of operation {} are complete: `tarn recover {vm}` finishes it", self.id);
             return Err(OperationError::Refused(text));
         }
         let id = self.id;
@@ -150,6 +156,7 @@ impl<'a> Runner<'a> {
         let moved = operation.progress.decision() == Some(Side::Target);
         let end = match operation.outcome() {
             Outcome::Aborted => "nothing was decided, and all is undone",
+            Outcome::Completed => "its copies were complete, and it is finished",
             _ => "it was decided, and is finished",
         };
         let mut story = vec![format!("Operation {} was left at {}. {reason}: {end}", self.id, found.name())];
@@ -163,7 +170,7 @@ impl<'a> Runner<'a> {
 
     fn settle_decision(&mut self, reason: &str) -> Result<(), Halt> {
         let progress = self.progress();
-        if progress.decision().is_some() {
+        if progress.decision().is_some() || progress.is_copied() {
             return Ok(());
         }
         if progress.is_intended() && self.plan().protocol == Protocol::A {
@@ -180,7 +187,7 @@ impl<'a> Runner<'a> {
             match halt {
                 // Whatever it was, no guest has written to a target, unless another client has moved it there.
                 Halt::Abort(reason) | Halt::Unknown(reason)
-                    if progress.decision().is_none() && !progress.is_intended() =>
+                    if progress.decision().is_none() && !progress.is_intended() && !progress.is_copied() =>
                 {
                     self.abort_live(json!({"reason": reason})).map_err(|halt| self.left(halt))?;
                 }
@@ -203,11 +210,13 @@ impl<'a> Runner<'a> {
             (None, _) => {}
         }
         match kind {
+            _ if progress.is_copied() => self.conclude_copy(),
             _ if !has(Stage::Prepared) => self.prepare(),
             OperationKind::Backup if !has(Stage::Mirroring) => self.hold_all().and_then(|()| self.back_up()),
-            OperationKind::Backup => self.await_backup().and_then(|()| self.conclude_copy()),
+            OperationKind::Backup => self.await_backup().and_then(|()| self.complete()),
             _ if !has(Stage::Mirroring) => self.mirror(),
             _ if !has(Stage::Ready) => self.mirror_again().and_then(|()| self.await_ready()),
+            OperationKind::Mirror if progress.is_ending() => self.await_end(),
             OperationKind::Mirror => self.hold_all().and_then(|()| self.end_mirrors()),
             OperationKind::Pivot => self.hold_all().and_then(|()| self.decide()),
         }
@@ -233,6 +242,7 @@ impl<'a> Runner<'a> {
                 if was_ours && is_untouched(&disk.target.path) {
                     durable::remove_image(&disk.target.path).map_err(|error| abort(&error))?;
                 }
+                self.confirm_ours()?;
                 let made = durable::create_image(&disk.target.path, disk.target.size);
                 if made.as_ref().is_err_and(DurableError::is_already_there) {
                     // Somebody else's: a stamp would keep it from being booted.

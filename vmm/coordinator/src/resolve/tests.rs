@@ -248,7 +248,12 @@ fn every_last_record_with_every_witness_is_decided_as_the_table_says() {
 #[test]
 fn a_mirror_and_a_backup_leave_the_disk_where_it_is() {
     for kind in [OperationKind::Mirror, OperationKind::Backup] {
-        for way in [&[][..], &[Prepared], &[Prepared, Mirroring], &[Prepared, Mirroring, Ready]] {
+        let mut ways = vec![&[][..], &[Prepared], &[Prepared, Mirroring], &[Prepared, Mirroring, Ready]];
+        ways.push(match kind {
+            OperationKind::Mirror => &[Prepared, Mirroring, Ready, Stage::EndIntent, Stage::Copied],
+            _ => &[Prepared, Mirroring, Stage::Copied],
+        });
+        for way in ways {
             let begun = Progress::planned(kind, Protocol::A);
             let progress = way.iter().fold(begun, |progress, stage| progress.on(*stage).unwrap());
             for reading in Reading::ALL {
@@ -290,6 +295,24 @@ fn what_was_decided_is_carried_out_and_once_more_changes_nothing() {
                 lab.assert_files(&before, "the second time");
             }
         }
+    }
+}
+
+#[test]
+fn a_copy_that_is_complete_stays_one_when_the_vm_dies() {
+    use Stage::{Copied, EndIntent};
+    for (way, complete) in [
+        (&[Prepared, Mirroring, Ready, EndIntent][..], false),
+        (&[Prepared, Mirroring, Ready, StopIntent, Stopped, EndIntent, Copied], true),
+    ] {
+        let lab = Lab::new();
+        lab.come_to(OperationKind::Mirror, Protocol::B, way);
+        let resolved = lab.run().unwrap().resolved.unwrap();
+        assert_eq!((resolved.side, resolved.warnings), (Side::Source, vec![]));
+        let outcome = if complete { Outcome::Completed } else { Outcome::Aborted };
+        assert_eq!(resolved.operation.outcome(), outcome);
+        assert_eq!(Stamp::read(&lab.state, &lab.path("new.raw")).unwrap().is_none(), complete);
+        assert_eq!(lab.run().unwrap().resolved, None);
     }
 }
 

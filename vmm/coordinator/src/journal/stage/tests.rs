@@ -93,7 +93,7 @@ fn after_each_step_of_a_pivot_by_commit_only_these_may_follow() {
 
 #[test]
 fn a_backup_freezes_before_it_copies_and_a_mirror_when_it_follows() {
-    use Stage::{FreezeIntent, Frozen, Mirroring, Prepared, Ready, Thawed};
+    use Stage::{Copied, EndIntent, FreezeIntent, Frozen, Mirroring, Prepared, Ready, Thawed};
     let backup = |stages: &[Stage]| next(after(OperationKind::Backup, Protocol::A, stages));
     assert_eq!(backup(&[Prepared]), "mirroring freeze-intent stop-intent aborted resolved-source");
     assert_eq!(
@@ -101,13 +101,18 @@ fn a_backup_freezes_before_it_copies_and_a_mirror_when_it_follows() {
         "mirroring stop-intent thawed aborted resolved-source"
     );
     let copying = [Prepared, FreezeIntent, Frozen, Mirroring];
-    assert_eq!(backup(&copying), "mirroring ready thawed done aborted resolved-source");
+    assert_eq!(backup(&copying), "mirroring ready thawed done aborted resolved-source copied");
     let thawed = [&copying[..], &[Thawed]].concat();
-    assert_eq!(backup(&thawed), "mirroring ready done aborted resolved-source");
+    assert_eq!(backup(&thawed), "mirroring ready done aborted resolved-source copied");
+    let copied = [&copying[..], &[Copied]].concat();
+    assert_eq!(backup(&copied), "thawed done");
     let mirror = |stages: &[Stage]| next(after(OperationKind::Mirror, Protocol::A, stages));
     assert_eq!(mirror(&[Prepared, Mirroring]), "mirroring ready done aborted resolved-source");
     let ready = [Prepared, Mirroring, Ready];
-    assert_eq!(mirror(&ready), "mirroring freeze-intent stop-intent done aborted resolved-source");
+    assert_eq!(mirror(&ready), "mirroring freeze-intent stop-intent done aborted resolved-source end-intent");
+    let ending = [Prepared, Mirroring, Ready, FreezeIntent, Frozen, EndIntent];
+    assert_eq!(mirror(&ending), "thawed done aborted resolved-source copied");
+    assert_eq!(mirror(&[&ending[..], &[Copied]].concat()), "thawed done");
 }
 
 #[test]
@@ -182,6 +187,7 @@ fn numbers_and_names_tell_stages_apart() {
     }
     assert_eq!(Stage::Planned.number(), 16);
     assert_eq!(Stage::Resolved(Side::Target).number(), 35);
-    assert_eq!(Stage::by_number(36), None);
+    assert_eq!(Stage::Copied.number(), 37);
+    assert_eq!(Stage::by_number(38), None);
     assert_eq!(Stage::by_number(1), None);
 }
