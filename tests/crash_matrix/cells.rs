@@ -86,6 +86,8 @@ pub(crate) enum Stranger {
     Pivot,
     /// Completes and finalizes every job, once all are ready.
     Complete,
+    /// Does so with the first job alone.
+    CompleteOne,
     /// Begins an operation on the same disks.
     Coordinator,
     /// Takes the lock away and recovers, while the first coordinator only sleeps.
@@ -255,8 +257,11 @@ fn strangers(quiet: &Cell, places: &[Place], random: &mut Random, cells: &mut Ve
     // Only who lives can tell that somebody else has moved the disks.
     for place in places.iter().filter(|place| may_be_completed(quiet.recipe, place)) {
         for who in [Who::Nobody, Who::Coordinator] {
-            let (place, seed) = (Some(place.clone()), random.bits());
-            cells.push(Cell { place, who, stranger: Some(Stranger::Complete), seed, ..quiet.clone() });
+            let all = [Stranger::Complete, Stranger::CompleteOne];
+            for stranger in &all[..quiet.recipe.disks.min(2)] {
+                let (place, seed) = (Some(place.clone()), random.bits());
+                cells.push(Cell { place, who, stranger: Some(*stranger), seed, ..quiet.clone() });
+            }
         }
     }
 }

@@ -33,22 +33,28 @@ pub(crate) fn interfere(setup: &Setup, stranger: Stranger) -> Result<(), Box<dyn
                 let _ = ask("block-job-cancel", json!({"device": job["id"], "force": true}));
             }
         }
-        Stranger::Complete => {
+        Stranger::Complete | Stranger::CompleteOne => {
+            let count = if stranger == Stranger::Complete { setup.recipe.disks } else { 1 };
             let began = Instant::now();
             let is = |job: &Value, states: &[&str]| states.iter().any(|state| job["status"] == *state);
             let jobs = ask("query-jobs", Value::Null)?.as_array().cloned().unwrap_or_default();
             if jobs.len() != setup.recipe.disks || !jobs.iter().all(|job| is(job, &["ready", "pending"])) {
                 return Ok(());
             }
-            for job in jobs.iter().filter(|job| is(job, &["ready"])) {
+            let mut chosen: Vec<Value> = jobs.iter().map(|job| job["id"].clone()).collect();
+            chosen.truncate(count);
+            let is_chosen = |job: &&Value| chosen.contains(&job["id"]);
+            for job in jobs.iter().filter(is_chosen).filter(|job| is(job, &["ready"])) {
                 let _ = ask("job-complete", json!({"id": job["id"]}));
             }
             loop {
                 let jobs = ask("query-jobs", Value::Null)?.as_array().cloned().unwrap_or_default();
-                for job in jobs.iter().filter(|job| is(job, &["pending"])) {
+                for job in jobs.iter().filter(is_chosen).filter(|job| is(job, &["pending"])) {
                     let _ = ask("job-finalize", json!({"id": job["id"]}));
                 }
-                if jobs.iter().all(|job| is(job, &["concluded"])) || began.elapsed() > PATIENCE {
+                if jobs.iter().filter(is_chosen).all(|job| is(job, &["concluded"]))
+                    || began.elapsed() > PATIENCE
+                {
                     return Ok(());
                 }
                 thread::sleep(LOOK);

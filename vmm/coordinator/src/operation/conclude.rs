@@ -10,7 +10,7 @@ use super::vm::JobNow;
 use crate::chain;
 use crate::disks::DurableDisks;
 use crate::durable;
-use crate::journal::{Consistency, Hold, JournalError, Side, Stage};
+use crate::journal::{Consistency, Entry, Hold, JournalError, Side, Stage};
 use crate::record::witness::Witness;
 use crate::resolve;
 use crate::stamp::Stamp;
@@ -25,6 +25,10 @@ impl Runner<'_> {
     pub(super) fn conclude_target(&mut self) -> Result<(), Halt> {
         let (state, plan) = (self.journal.state_dir().clone(), self.plan());
         if !self.progress().is_configured() {
+            // Another client has moved some disks, and the others are pending.
+            if self.log().entry(Stage::Resolved(Side::Target)).is_some() {
+                self.move_all()?;
+            }
             self.confirm_ours()?;
             let committed = DurableDisks::commit(&state, self.operation(), &plan);
             let committed = committed.map_err(|error| Halt::Unknown(chain(&error)));
@@ -149,7 +153,10 @@ impl Runner<'_> {
     /// thaws, and that nobody saw the guest frozen until now is what makes the freeze void.
     fn thaw(&mut self) -> Result<Value, Halt> {
         self.confirm_ours()?;
-        let matters = self.progress().decision() != Some(Side::Source);
+        // What another client has moved was moved at a moment that nobody knows.
+        let is_known = |entry: &Entry| entry.details.get("by").is_none_or(|by| by != "client");
+        let log = self.log();
+        let matters = log.progress.decision() != Some(Side::Source) && log.entries.iter().all(is_known);
         let freezer = match (self.freezer.take(), &self.connection.agent) {
             (Some(freezer), _) => Ok(freezer),
             (None, Some(agent)) => Freezer::connect(agent).map_err(|error| chain(&error)),

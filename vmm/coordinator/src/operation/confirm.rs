@@ -2,11 +2,14 @@
 //!
 //! ```text
 //!   before "aborted" is written     no disk on its target ──▶ aborted           (unless the witness says that it pivoted)
-//!                                   all of them, complete ──▶ resolved-target   (B, intended: commit)
-//!                                   some of them ───────────▶ the VM stops, and nothing is decided
+//!                                   all of them, complete ──▶ resolved-target   (B: commit)
+//!                                   some of them ───────────▶ the others follow as far as pending, then the same; where
+//!                                                             one cannot, the VM stops, and nothing is decided
 //!   before the guest goes on and    no disk on its target ──▶ on
 //!   before a target is removed      any of them ────────────▶ the VM stops, and nothing is removed
 //! ```
+
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -14,27 +17,105 @@ use super::steps::{Halt, Runner};
 use crate::journal::{Consistency, Hold, OperationKind, Protocol, Side, Stage};
 use crate::resolve::Reading;
 
+/// How often disks that follow are looked at, and how long they may take.
+const LOOK: Duration = Duration::from_millis(50);
+const PATIENCE: Duration = Duration::from_secs(300);
+
 impl Runner<'_> {
-    /// Writes down that the sources stay the disks, if a VM that lives confirms it. Where another client has moved all
-    /// disks already, the targets are what the guest writes to: then they are the disks.
+    /// Writes down that the sources stay the disks, if a VM that lives confirms it. Where another client has moved disks
+    /// already, the targets are what the guest writes to: then they are the disks, and those that stayed follow.
     pub(super) fn abort_live(&mut self, details: Value) -> Result<(), Halt> {
         let moved = self.moved()?;
         if moved.is_empty() {
             self.confirm_witness()?;
             return self.append(Stage::Aborted, details).map(drop);
         }
-        let plan = self.plan();
-        let all = plan.kind == OperationKind::Pivot && moved.len() == plan.disks.len() && self.is_copied()?;
-        let stage = match plan.protocol {
-            Protocol::A if all => Stage::Resolved(Side::Target),
-            Protocol::B if all && self.progress().is_intended() => Stage::Commit,
-            _ => return Err(self.stop_moved(&moved)),
-        };
-        self.warnings.push("Another client has moved the disks to the targets".to_owned());
+        let (plan, progress) = (self.plan(), self.progress());
+        let may_follow = plan.kind == OperationKind::Pivot
+            && match plan.protocol {
+                Protocol::A => true,
+                Protocol::B => progress.is_intended() || progress.on(Stage::CompleteIntent).is_ok(),
+            };
+        if !may_follow {
+            return Err(self.stop_moved(&moved));
+        }
+        let behind = self.catch_up()?;
+        if !behind.is_empty() || moved.len() == plan.disks.len() && !self.is_copied()? {
+            return Err(self.stop_parted(&moved, &behind));
+        }
+        let some = if moved.len() == plan.disks.len() { "the" } else { "some" };
+        self.warnings
+            .push(format!("Another client has moved {some} disks to their targets: so all have moved"));
         // Nobody can tell whether the guest was frozen at that moment.
-        let froze = self.log().entry(Stage::FreezeIntent).is_some() || self.progress().freeze() != Hold::None;
+        let froze = self.log().entry(Stage::FreezeIntent).is_some() || progress.freeze() != Hold::None;
         let consistency = if froze { Consistency::Void } else { Consistency::Crash };
-        self.append(stage, json!({"by": "client", "consistency": consistency})).map(drop)
+        let details = json!({"by": "client", "consistency": consistency});
+        if plan.protocol == Protocol::A {
+            return self.append(Stage::Resolved(Side::Target), details).map(drop);
+        }
+        if !progress.is_intended() {
+            self.append(Stage::CompleteIntent, json!({}))?;
+        }
+        self.append(Stage::Commit, details).map(drop)
+    }
+
+    /// Where another client has moved some of the disks, lets the others follow as far as pending, where their targets have
+    /// all that they have. Tells what is with those that cannot.
+    fn catch_up(&mut self) -> Result<Vec<String>, Halt> {
+        let (plan, began, mut told) = (self.plan(), Instant::now(), Vec::new());
+        loop {
+            let (disks, jobs) = (self.disks_now()?, self.vm.jobs()?);
+            let (mut behind, mut stuck) = (Vec::new(), Vec::new());
+            for (index, (now, disk)) in disks.iter().zip(&plan.disks).enumerate() {
+                if disk.target.is_at(&now.file) {
+                    continue;
+                }
+                let name = self.name(index);
+                let job = jobs.iter().find(|job| job.id == name && job.error.is_none());
+                let status = job.map_or("gone or has failed", |job| job.status.as_str());
+                let text =
+                    format!("disk '{}' works on {}, and its job is {status}", disk.disk, now.file.display());
+                match status {
+                    "pending" => {}
+                    "waiting" => behind.push(text),
+                    "ready" => {
+                        behind.push(text);
+                        if !told.contains(&name) {
+                            self.place("follow", "before")?;
+                            // Refused, it does not come any further, and is told of below.
+                            match self.orders()?.job("complete", &name) {
+                                Err(error) if error.refusal().is_none() => return Err(error.into()),
+                                _ => told.push(name),
+                            }
+                        }
+                    }
+                    _ => stuck.push(text),
+                }
+            }
+            if behind.is_empty() || !stuck.is_empty() || began.elapsed() > PATIENCE {
+                return Ok([stuck, behind].concat());
+            }
+            self.vm.await_event(LOOK)?;
+        }
+    }
+
+    /// Some disks are on their targets, and the others cannot follow.
+    fn stop_parted(&mut self, moved: &[String], behind: &[String]) -> Halt {
+        if let Err(halt) = self.stop_for_all() {
+            return halt;
+        }
+        let vm = self.journal.state_dir().name();
+        let behind = match behind {
+            [] => "it is not known that they were complete".to_owned(),
+            behind => behind.join(", "),
+        };
+        Halt::Unknown(format!(
+            "another client has moved the VM to {}, but {behind}. The VM is stopped, and nothing was removed. Do not end it: \
+             it would start on the images from before, without what the guest has written since. Move these disks to their \
+             targets, too (blockdev-mirror and job-complete; `tarn op show {vm}` lists them); then `tarn recover {vm}` \
+             settles the operation, and `tarn resume {vm}` lets the guest go on",
+            moved.join(", ")
+        ))
     }
 
     /// A VM that has not pivoted although the witness says so is another one than that which wrote the witness.
@@ -61,9 +142,12 @@ impl Runner<'_> {
         if let Err(halt) = self.stop_for_all() {
             return halt;
         }
+        let vm = self.journal.state_dir().name();
         Halt::Unknown(format!(
             "another client has moved the VM to {}, which this operation has not decided. The VM is stopped, and nothing \
-             was removed",
+             was removed. Do not end it: it would start on the images from before, without what the guest has written since. \
+             Move its disks back to the images that `tarn op show {vm}` names (blockdev-mirror and job-complete); then \
+             `tarn recover {vm}` settles the operation, and `tarn resume {vm}` lets the guest go on",
             moved.join(", ")
         ))
     }

@@ -180,6 +180,15 @@ impl Runner<'_> {
 
     /// Protocol B, after the commit: forward, and never back.
     pub(super) fn finalize_all(&mut self) -> Result<(), Halt> {
+        self.move_all()?;
+        let log = self.log();
+        let known = log.entry(Stage::Commit).and_then(|commit| commit.details.get("consistency"));
+        let consistency = known.cloned().unwrap_or_else(|| self.unfrozen());
+        self.append(Stage::Pivoted, json!({"consistency": consistency})).map(drop)
+    }
+
+    /// After a decision for the targets: jobs that are pending are finalized, and every disk is where it is to be.
+    pub(super) fn move_all(&mut self) -> Result<(), Halt> {
         self.place("finalize", "before")?;
         let plan = self.plan();
         let names: Vec<String> = (0..plan.disks.len()).map(|index| self.name(index)).collect();
@@ -195,7 +204,7 @@ impl Runner<'_> {
             let disks = self.disks_now()?;
             let stays =
                 disks.iter().zip(&plan.disks).find(|(now, plan)| !is_same(&now.file, &plan.target.path));
-            let Some((now, disk)) = stays else { break };
+            let Some((now, disk)) = stays else { return Ok(()) };
             let jobs = self.vm.jobs()?;
             let under_way = jobs.iter().any(|job| {
                 names.contains(&job.id) && matches!(job.status.as_str(), "waiting" | "pending" | "ready")
@@ -213,7 +222,6 @@ impl Runner<'_> {
             }
             self.vm.await_event(LOOK)?;
         }
-        self.append(Stage::Pivoted, json!({"consistency": self.unfrozen()})).map(drop)
     }
 }
 
