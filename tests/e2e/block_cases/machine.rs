@@ -28,11 +28,17 @@ pub struct Disk {
     pub image: PathBuf,
     /// Its writes can be held up: [`Machine::hold_next_write`].
     pub holdable: bool,
+    pub read_only: bool,
 }
 
 impl Disk {
     pub fn new(lab: &Lab, id: &'static str, size: u64) -> Self {
-        Self { id, image: lab.image(&format!("{id}.raw"), size), holdable: false }
+        Self::of(id, lab.image(&format!("{id}.raw"), size))
+    }
+
+    /// One that is there.
+    pub fn of(id: &'static str, image: PathBuf) -> Self {
+        Self { id, image, holdable: false, read_only: false }
     }
 }
 
@@ -53,8 +59,10 @@ impl<'a> Machine<'a> {
         let vmm = if reference() {
             Vmm::Qemu(Qemu::start(lab, program, name, disks))
         } else {
-            let specs: Vec<String> =
-                disks.iter().map(|disk| format!("{},id={}", disk.image.display(), disk.id)).collect();
+            let spec = |Disk { id, image, read_only, .. }: &Disk| {
+                format!("{},id={id}{}", image.display(), if *read_only { ",ro" } else { "" })
+            };
+            let specs: Vec<String> = disks.iter().map(spec).collect();
             let mut args = vec!["--initrd", program.to_str().unwrap()];
             specs.iter().for_each(|spec| args.extend(["--disk", spec]));
             Vmm::Tarn(lab.boot(name, &args))
@@ -125,7 +133,16 @@ impl<'a> Machine<'a> {
     pub fn begin(&mut self, disk: &str, verb_and_ops: &str) -> Deed {
         let mut args = vec![format!("/dev/{disk}")];
         args.extend(verb_and_ops.split_whitespace().map(str::to_owned));
-        let request = json!({"path": "/usr/bin/disk-io", "arg": args, "capture-output": true});
+        self.start("/usr/bin/disk-io", &args)
+    }
+
+    /// A shell script in the background.
+    pub fn begin_script(&mut self, script: &str) -> Deed {
+        self.start("/bin/sh", &["-c".into(), script.into()])
+    }
+
+    fn start(&mut self, program: &str, args: &[String]) -> Deed {
+        let request = json!({"path": program, "arg": args, "capture-output": true});
         Deed(self.ask_agent("guest-exec", &request))
     }
 

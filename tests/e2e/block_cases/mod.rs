@@ -10,7 +10,7 @@
 //! | `running.rs` | speed, a VM that stands still, a client of another make |
 //! | `refusals.rs` | arguments, sizes, wrong moments |
 //! | `writes.rs` | what the guest writes, zeroes and discards while a job runs |
-//! | `pivots.rs` | pivots back and forth under a load that checks itself |
+//! | `pivots.rs` | pivots back and forth under loads that check themselves: `disk-io`, and Debian's fio |
 //! | `backups.rs` | copies of one moment, of one disk and of two |
 //! | `errors.rs` | targets that fail, are full, are slow |
 //! | `crashes.rs` | a VMM that is killed while a job holds its guest, and at random moments |
@@ -72,6 +72,14 @@ fn what_the_guest_does_while_a_job_runs_is_in_the_copy() {
     writes::discards_and_zeroes_are_zeroes_in_the_copy(&lab, &mut machine);
     writes::disks_of_odd_sizes_are_mirrored_to_their_last_sector(&lab, &mut machine);
     pivots::a_guest_that_checks_its_data_pivots_back_and_forth(&lab, &mut machine);
+}
+
+#[test]
+fn fio_finds_what_it_wrote_while_its_disk_moves_again_and_again() {
+    let Some((lab, program)) = place("block-fio") else { return };
+    let Some(tools) = prepared("fio.ext4") else { return };
+    let mut machine = Machine::boot(&lab, &program, "fio", &pivots::disks_for_fio(&lab, tools));
+    pivots::fio_verifies_a_disk_that_pivots_back_and_forth(&lab, &mut machine);
 }
 
 #[test]

@@ -32,12 +32,13 @@ impl Qemu {
         command.arg(format!("socket,id=agent,server=on,wait=off,path={}", path("agent.sock")));
         command.args(["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]);
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", path("qmp.sock"))]);
-        for Disk { id, image, holdable } in disks {
+        for Disk { id, image, holdable, read_only } in disks {
             let file = match holdable {
                 true => format!("driver=raw,file.driver=blkdebug,file.image.filename={}", image.display()),
                 false => format!("format=raw,file={}", image.display()),
             };
-            command.args(["-drive", &format!("if=none,id={id},discard=unmap,{file}")]);
+            let how = if *read_only { "readonly=on" } else { "discard=unmap" };
+            command.args(["-drive", &format!("if=none,id={id},{how},{file}")]);
             command.args(["-device", &format!("virtio-blk-pci,drive={id},serial={id}")]);
         }
         let file = |kind: &str| File::create(path(kind)).unwrap();

@@ -27,7 +27,7 @@ fn file(qemu: &mut Qemu) -> String {
 #[test]
 fn a_disk_of_stock_qemu_moves_and_a_dead_coordinator_is_recovered_from() {
     let Some((lab, program)) = place("operations-qemu") else { return };
-    let disk = Disk { id: "d0", image: lab.ext4("d0.raw", SIZE), holdable: false };
+    let disk = Disk::of("d0", lab.ext4("d0.raw", SIZE));
     let mut qemu = Qemu::start(&lab, &program, "qemu", std::slice::from_ref(&disk));
     sh(&mut qemu, "mkdir -p /mnt && mount -t ext4 /dev/vda /mnt && echo one > /mnt/n && sync");
     let sockets = ["qmp.sock", "agent.sock"].map(|kind| qemu.socket(kind).display().to_string());
