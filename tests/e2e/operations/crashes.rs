@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Child;
-use std::time::Duration;
+use std::time::Instant;
+
+use serde_json::Value;
 
 use super::{coordinate, files, json, to};
 use crate::block_cases::{acknowledged, has_all_up_to, place};
@@ -13,6 +15,8 @@ const SIZE: u64 = 2 << 20;
 const THREADS: u64 = 2;
 /// Deaths of coordinators in the life of one VM, before its own.
 const COORDINATORS: u64 = 2;
+/// Pivots before that.
+const QUIET: u64 = 2;
 
 /// splitmix64: the same moments for the same seed.
 fn random(seed: &mut u64) -> u64 {
@@ -23,22 +27,26 @@ fn random(seed: &mut u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Two VMs and six deaths; fifty deaths in a soak run.
+/// Two VMs and six deaths; fifty deaths in a soak run. `TARN_LIVES` names others by their numbers, with `TARN_SEED` the
+/// moments of their deaths.
 #[test]
 fn whoever_dies_in_a_pivot_every_acknowledged_write_is_on_the_image_that_recovery_names() {
     let Some((lab, program)) = place("operations-crashes") else { return };
     let soak = std::env::var("TARN_SOAK").is_ok_and(|value| value == "1");
-    let seed = std::env::var("TARN_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
-    let (mut state, mut pivoted, mut deaths) = (seed, 0, 0);
-    for life in 0..if soak { 17 } else { 2 } {
-        eprintln!("seed {seed}, life {life}");
-        pivoted += one_life(&lab, &program, life, &mut state);
-        deaths += COORDINATORS + 1;
+    let seed: u64 = std::env::var("TARN_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
+    let lives: Vec<u64> = match std::env::var("TARN_LIVES") {
+        Ok(lives) => lives.split(' ').map(|life| life.parse().unwrap()).collect(),
+        Err(_) => (1..=if soak { 17 } else { 2 }).collect(),
+    };
+    for life in lives {
+        // The same life, whichever others there were before it. scripts/end-to-end.sh reads what it says.
+        let pivots = one_life(&lab, &program, life, &mut (seed << 32 | life));
+        eprintln!("life {life} of seed {seed} is over: {} deaths, {pivots} pivots", COORDINATORS + 1);
     }
-    eprintln!("{deaths} deaths, {pivoted} pivots went through");
 }
 
-/// A VM whose coordinators die one after the other, until it dies itself, alone or with the last of them.
+/// A VM whose coordinators die one after the other, until it dies itself, alone or with the last of them; how many of
+/// their pivots went through all the same.
 fn one_life(lab: &Lab, program: &Path, life: u64, seed: &mut u64) -> u64 {
     let image = |kind: &str, disk: usize| lab.path(&format!("{life}-{kind}-{disk}.raw"));
     let first = [0, 1].map(|disk| lab.image(&format!("{life}-first-{disk}.raw"), SIZE));
@@ -49,23 +57,33 @@ fn one_life(lab: &Lab, program: &Path, life: u64, seed: &mut u64) -> u64 {
     for disk in ["vda", "vdb"] {
         vm.sh(&format!("disk-io /dev/{disk} count {THREADS} 16 >/dev/console 2>&1 </dev/null &"));
     }
-    let mut pivoted = 0;
-    for attempt in 0..=COORDINATORS {
-        let targets = [0, 1].map(|disk| image(&format!("to{attempt}"), disk));
-        let mut coordinator = begin(lab, name, &targets, seed);
-        std::thread::sleep(Duration::from_millis(random(seed) % 3000));
-        if attempt == COORDINATORS {
+    eprintln!("life {life} begins");
+    let targets = |attempt: u64| [0, 1].map(|disk| image(&format!("to{attempt}"), disk));
+    // Those in which nobody dies tell how long it takes here; the first one finds nothing in memory.
+    let quiet = (1..=QUIET).map(|attempt| {
+        let start = Instant::now();
+        assert!(begin(lab, name, &targets(attempt), seed).wait().unwrap().success());
+        start.elapsed()
+    });
+    let whole = quiet.min().unwrap_or_default();
+    for attempt in 1..=COORDINATORS + 1 {
+        let mut coordinator = begin(lab, name, &targets(QUIET + attempt), seed);
+        // At any moment of it, or behind it; more often where it is decided, which is late.
+        let percent = (random(seed) % 125).max(random(seed) % 125);
+        std::thread::sleep(whole * u32::try_from(percent).unwrap() / 100);
+        let is_last = attempt > COORDINATORS;
+        if is_last {
             vm.kill();
         }
         // With it, or after it: one that finds its VM gone says so and leaves the operation open.
-        if attempt < COORDINATORS || random(seed).is_multiple_of(2) {
+        if !is_last || random(seed).is_multiple_of(2) {
             let _ = coordinator.kill();
         }
         coordinator.wait().unwrap();
         let recovered = json(lab, &["recover", name]);
         assert!(json(lab, &["recover", name])["operation"].is_null(), "the second time it does nothing");
-        pivoted += u64::from(recovered["operation"]["outcome"] == "pivoted");
-        if attempt < COORDINATORS {
+        eprintln!("at {percent} %: {} is {}", recovered["found"], recovered["operation"]["outcome"]);
+        if !is_last {
             assert_eq!(vm.monitor().run("query-jobs"), serde_json::json!([]));
             assert_eq!(vm.monitor().status(), "running");
             assert_eq!(files(&mut vm), current(lab, name, &first));
@@ -79,7 +97,7 @@ fn one_life(lab: &Lab, program: &Path, life: u64, seed: &mut u64) -> u64 {
             has_all_up_to(&image, thread, number);
         }
     }
-    pivoted
+    pivots(lab, name).len() as u64 - QUIET
 }
 
 fn begin(lab: &Lab, name: &str, targets: &[PathBuf; 2], seed: &mut u64) -> Child {
@@ -96,12 +114,16 @@ fn begin(lab: &Lab, name: &str, targets: &[PathBuf; 2], seed: &mut u64) -> Child
     coordinate(lab, &args)
 }
 
-/// By the journal: the targets of the last operation that went through.
-fn current(lab: &Lab, name: &str, first: &[PathBuf; 2]) -> Vec<PathBuf> {
+/// By the journal: the operations that went through.
+fn pivots(lab: &Lab, name: &str) -> Vec<Value> {
     let operations = json(lab, &["op", "list", name]);
-    let moved =
-        operations.as_array().unwrap().iter().rev().find(|operation| operation["outcome"] == "pivoted");
-    moved.map_or(first.to_vec(), |operation| {
+    let operations = operations.as_array().unwrap().iter();
+    operations.filter(|operation| operation["outcome"] == "pivoted").cloned().collect()
+}
+
+/// The images that the disks are now.
+fn current(lab: &Lab, name: &str, first: &[PathBuf; 2]) -> Vec<PathBuf> {
+    pivots(lab, name).last().map_or(first.to_vec(), |operation| {
         let disks = operation["disks"].as_array().unwrap().iter();
         disks.map(|disk| disk["target"]["path"].as_str().unwrap().into()).collect()
     })
