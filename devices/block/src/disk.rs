@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Holder, OpenError, ResizeError};
 use crate::geometry::{self, Geometry};
-use crate::lock::{ImageLock, LockError};
+use crate::lock::{self, ImageLock, LockError};
 use crate::options::{Cache, DiskOptions, Source};
 use crate::signature;
 
@@ -47,7 +47,7 @@ impl Disk {
         let image = options.source.to_string();
         let DiskOptions { source, format, read_only, direct, cache, discard, lock } = options;
         let file = Arc::new(match source {
-            Source::Path(path) => open_path(&path, &image, read_only, direct)?,
+            Source::Path(path) => open_path(&path, &image, read_only, direct, lock)?,
             Source::Descriptor { fd, .. } => adopt(File::from(fd), &image, read_only, direct)?,
         });
         let io_error = |source| OpenError::Io { image: image.clone(), source };
@@ -205,7 +205,15 @@ fn access(read_only: bool) -> &'static str {
     if read_only { "reading" } else { "reading and writing" }
 }
 
-fn open_path(path: &Path, image: &str, read_only: bool, direct: bool) -> Result<File, OpenError> {
+/// A block device that is written is claimed: the kernel then gives it to nobody else who asks in the same way, and it is
+/// refused here if it is mounted or part of another device. Unlike a lock that holds for all its nodes (open(2), `O_EXCL`).
+fn open_path(
+    path: &Path,
+    image: &str,
+    read_only: bool,
+    direct: bool,
+    alone: bool,
+) -> Result<File, OpenError> {
     let name = || image.to_owned();
     let classify = |source: io::Error| match source.raw_os_error() {
         Some(libc::ENOENT | libc::ENOTDIR) => OpenError::Missing { image: name() },
@@ -214,11 +222,15 @@ fn open_path(path: &Path, image: &str, read_only: bool, direct: bool) -> Result<
         }
         Some(libc::EROFS) => OpenError::ReadOnly { image: name() },
         Some(libc::EINVAL) if direct => OpenError::NoDirectIo { image: name() },
+        Some(libc::EBUSY) => OpenError::Locked { image: name(), holder: lock::find_claimant(path) },
         _ => OpenError::Io { image: name(), source },
     };
     // Before opening: to open a pipe or a tape has effects of its own.
-    check_kind(fs::metadata(path).map_err(classify)?.file_type(), image)?;
-    let flags = libc::O_NONBLOCK | if direct { libc::O_DIRECT } else { 0 };
+    let kind = fs::metadata(path).map_err(classify)?.file_type();
+    check_kind(kind, image)?;
+    let claim = alone && !read_only && kind.is_block_device();
+    let flags =
+        libc::O_NONBLOCK | if direct { libc::O_DIRECT } else { 0 } | if claim { libc::O_EXCL } else { 0 };
     let file =
         OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path).map_err(classify)?;
     set_flags(&file, direct).map_err(classify)?;

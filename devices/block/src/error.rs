@@ -15,6 +15,16 @@ pub enum Holder {
     },
     /// This process has it open a second time.
     Ourselves,
+    /// The host has it mounted.
+    Mount {
+        /// Where, as /proc/self/mountinfo spells it.
+        at: String,
+    },
+    /// Another block device is made of it.
+    Device {
+        /// The kernel's name of that.
+        name: String,
+    },
     /// Somebody whose open files are not visible to us.
     Unknown,
 }
@@ -24,6 +34,8 @@ impl fmt::Display for Holder {
         match self {
             Self::Process { pid, name } => write!(f, "process {pid} ({name})"),
             Self::Ourselves => f.write_str("this very process, a second time"),
+            Self::Mount { at } => write!(f, "the host, which has it mounted at {at}"),
+            Self::Device { name } => write!(f, "the host, which has made {name} of it"),
             Self::Unknown => f.write_str("another process"),
         }
     }

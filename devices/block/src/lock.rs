@@ -30,6 +30,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::Holder;
@@ -168,6 +169,28 @@ fn find_holder(file: &File, byte: u8) -> Holder {
     Holder::Unknown
 }
 
+/// Who has the block device at `path` so that the kernel gives it to nobody else.
+pub(crate) fn find_claimant(path: &Path) -> Holder {
+    let Ok(device) = fs::metadata(path).map(|metadata| metadata.rdev()) else { return Holder::Unknown };
+    let number = format!("{}:{}", libc::major(device), libc::minor(device));
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    if let Some(at) = mounted_at(&mounts, &number) {
+        return Holder::Mount { at: at.to_owned() };
+    }
+    let mut parts = fs::read_dir(format!("/sys/dev/block/{number}/holders")).into_iter().flatten().flatten();
+    match parts.next() {
+        Some(part) => Holder::Device { name: part.file_name().to_string_lossy().into_owned() },
+        None => File::open(path)
+            .map_or(Holder::Unknown, |file| find_holder(&file, PERMISSION_BASE + CONSISTENT_READ)),
+    }
+}
+
+/// proc(5): `36 35 98:0 /mnt1 /mnt2 rw,noatime …`.
+fn mounted_at<'a>(mounts: &'a str, device: &str) -> Option<&'a str> {
+    let mut lines = mounts.lines().map(|line| line.split(' '));
+    lines.find_map(|mut fields| (fields.nth(2)? == device).then(|| fields.nth(1))?)
+}
+
 /// Whether a line of fdinfo is a lock on `byte`:
 /// `lock:⇥1: OFDLCK  ADVISORY  READ -1 fe:00:1234 100 101`.
 fn covers(line: &str, byte: u8) -> bool {
@@ -212,6 +235,14 @@ mod tests {
         // The file stays open, and yet another reader is welcome.
         ImageLock::acquire(&open(image.path()), true).unwrap();
         drop(reader);
+    }
+
+    #[test]
+    fn a_mount_is_found_by_its_device() {
+        let mounts =
+            "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n36 22 7:0 / /mnt/x\\040y rw - ext4 /dev/loop0 rw\n";
+        assert_eq!(mounted_at(mounts, "7:0"), Some("/mnt/x\\040y"));
+        assert_eq!(mounted_at(mounts, "7:1"), None);
     }
 
     #[test]
