@@ -109,6 +109,7 @@ impl Vm for Machine {
         let info = |disk: &BlkBackend| DiskInfo {
             device: disk.id().to_string(),
             virtual_size: disk.size(),
+            block_size: disk.block_size(),
             io_status: IoStatus::Ok,
             filters: disk.filters().cloned(),
         };

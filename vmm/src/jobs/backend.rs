@@ -26,7 +26,7 @@ impl Disks for Vec<BlkBackend> {
         DiskFacts {
             device: facts.id.to_string(),
             size: self[disk].size(),
-            block_size: facts.geometry.logical_block_size,
+            block_size: self[disk].block_size(),
         }
     }
 

@@ -87,7 +87,8 @@ impl Vm for FakeVm {
     }
     fn disks(&self) -> Vec<DiskInfo> {
         let filters = Some(self.filters.clone());
-        vec![DiskInfo { device: "disk0".into(), virtual_size: 1 << 30, io_status: IoStatus::Ok, filters }]
+        let (device, io_status) = ("disk0".into(), IoStatus::Ok);
+        vec![DiskInfo { device, virtual_size: 1 << 30, block_size: 512, io_status, filters }]
     }
     fn agent(&self) -> AgentStatus {
         let frozen = FreezeStatus { by: Some("agent client 1".into()), thaw_in: None };

@@ -158,6 +158,8 @@ pub struct DiskInfo {
     pub device: String,
     /// Size the guest sees, in bytes.
     pub virtual_size: u64,
+    /// Bytes in one logical block, as the guest sees it.
+    pub block_size: u32,
     /// What the last failed operation that stopped the VM leaves behind.
     pub io_status: IoStatus,
     /// The handle on its limits and faults.

@@ -42,8 +42,13 @@ impl Core {
             Some(false) => IoStatus::Failed,
             Some(true) => IoStatus::Nospace,
         };
-        let filters = backend.filters().cloned();
-        DiskInfo { device: spec.id.clone(), virtual_size: backend.size(), io_status, filters }
+        DiskInfo {
+            device: spec.id.clone(),
+            virtual_size: backend.size(),
+            block_size: backend.block_size(),
+            io_status,
+            filters: backend.filters().cloned(),
+        }
     }
 
     fn guest_open(&self, port: usize) -> bool {

@@ -364,6 +364,11 @@ impl BlkBackend {
         self.filters.as_ref()
     }
 
+    /// Bytes in a logical block as the guest sees it, which stays so whatever image is below.
+    pub fn block_size(&self) -> u32 {
+        self.link.facts.geometry.logical_block_size
+    }
+
     /// The disk's size in bytes.
     pub fn size(&self) -> u64 {
         self.link.size.load(Ordering::Acquire)

@@ -41,7 +41,8 @@ static BLOCK_INFO: Object = Object::new(&[
     required("locked", Type::Bool),
     optional("inserted", Type::Object(&BLOCK_DEVICE_INFO)),
     optional("io-status", Type::Enum(&["ok", "failed", "nospace"])),
-    // Ours: what is made to go wrong.
+    // Ours: bytes in a block of the guest's device, whatever image it works on; and what is made to go wrong.
+    required("tarn-block-size", Type::Int),
     optional("tarn-faults", Type::Array(&Type::Object(&filters::FAULT_INFO))),
 ]);
 static BLOCK_DEVICE_INFO: Object = Object::new(&[
@@ -146,6 +147,7 @@ fn block_info(disk: &DiskInfo, node: Option<NodeInfo>) -> Value {
             IoStatus::Failed => "failed",
             IoStatus::Nospace => "nospace",
         },
+        "tarn-block-size": disk.block_size,
     });
     if let Some(node) = node {
         info["inserted"] = block_device_info(&node, Some(disk));
