@@ -142,7 +142,7 @@ pub struct DiskSpec {
     /// Device name on the monitor, and name of its thread. `disk0`, `disk1`, … when absent.
     #[serde(default)]
     pub id: String,
-    /// Raw image or block device.
+    /// Raw image or block device. A device that is written may not be mounted, or be part of another one.
     pub path: PathBuf,
     /// Image format; only `raw`. Stated: the content is not looked at. Absent: an image that begins like
     /// another format is refused.

@@ -183,21 +183,36 @@ impl DurableDisks {
         let Operation { id, generation, .. } = operation;
         let mut replaced = self.disks.remove(disk).map(|known| known.replaced).unwrap_or_default();
         // One that was the disk before and is it again; and one that was replaced twice.
-        replaced.retain(|known| known.image.path != target.path && known.image.path != source.path);
-        if source.path != target.path {
+        replaced.retain(|known| !known.image.is_same(target) && !known.image.is_same(source));
+        if !source.is_same(target) {
             replaced.push(Replaced { image: source.clone(), by: target.clone(), generation, operation: id });
         }
         let known = DurableDisk { image: target.clone(), generation, operation: id, replaced };
         self.disks.insert(disk.to_owned(), known);
     }
 
-    /// What took the place of the image at `path` as the disk `disk`, in the end; `None` if nothing did.
+    /// What took the place of the image at `path` as the disk `disk`, in the end; `None` if nothing did. Of a block device
+    /// counts what it is, and then how it was called when it was the disk: a configuration that names it may be as old.
     pub fn successor(&self, disk: &str, path: &Path) -> Option<&Replaced> {
-        let replaced = &self.disks.get(disk)?.replaced;
-        let mut found = replaced.iter().find(|known| known.image.is_named(path))?;
+        self.in_the_end(disk, |image| image.is(path))
+            .or_else(|| self.in_the_end(disk, |image| image.is_named(path)))
+    }
+
+    /// The same for an image whose disk is not known: by what it is alone.
+    pub fn successor_of_any(&self, path: &Path) -> Option<&Replaced> {
+        self.disks.keys().find_map(|disk| self.in_the_end(disk, |image| image.is(path)))
+    }
+
+    fn in_the_end(&self, disk: &str, is_it: impl Fn(&ImageId) -> bool) -> Option<&Replaced> {
+        let known = self.disks.get(disk)?;
+        // Another device may have the name of one that was replaced.
+        if is_it(&known.image) && known.image.device.is_some() {
+            return None;
+        }
+        let mut found = known.replaced.iter().find(|known| is_it(&known.image))?;
         // No image is in the list twice; were it so, this ends all the same.
-        for _ in replaced {
-            match replaced.iter().find(|next| next.image.path == found.by.path) {
+        for _ in &known.replaced {
+            match known.replaced.iter().find(|next| next.image.is_same(&found.by)) {
                 Some(next) => found = next,
                 None => break,
             }
@@ -207,7 +222,7 @@ impl DurableDisks {
 
     /// Whether the image at `path` is the disk that an operation made it.
     pub fn is_current(&self, path: &Path, operation: Uuid) -> bool {
-        self.disks.values().any(|disk| disk.operation == operation && disk.image.is_named(path))
+        self.disks.values().any(|disk| disk.operation == operation && disk.image.is(path))
     }
 }
 

@@ -28,11 +28,13 @@
 //!     ├── journal       what was done, step by step
 //!     ├── witness       what the VMM has decided             (record::witness)
 //!     ├── disks         which image is which disk, and since when
-//!     └── stamp         which images are not to be booted
+//!     ├── stamp         which images are not to be booted
+//!     └── device        which block device it is, whatever it is called today
 //!   durable           the only place that writes such a file; failpoint lets it fail
 //! ```
 
 mod connection;
+pub mod device;
 pub mod disks;
 mod durable;
 pub mod failpoint;

@@ -296,7 +296,7 @@ impl Resolver {
             Side::Source if open.progress.is_copied() => {
                 for disk in &plan.disks {
                     journal.confirm_ours()?;
-                    let removed = Stamp::remove(journal.state_dir(), &disk.target.path, &open.operation);
+                    let removed = Stamp::remove(journal.state_dir(), &disk.target, &open.operation);
                     warn(&mut warnings, removed);
                 }
             }
@@ -382,7 +382,7 @@ pub fn conclude_target(
     }
     for disk in &plan.disks {
         journal.confirm_ours()?;
-        warn(warnings, Stamp::remove(&state, &disk.target.path, &operation));
+        warn(warnings, Stamp::remove(&state, &disk.target, &operation));
     }
     if plan.flags.retire_source && !open.progress.is_retired() {
         let failed = warnings.len();
@@ -390,7 +390,7 @@ pub fn conclude_target(
             let kind = StampKind::Superseded { by: disk.target.path.clone() };
             let stamp = Stamp { kind, operation, vm: state.name().to_owned() };
             journal.confirm_ours()?;
-            warn(warnings, stamp.write(&state, &disk.source.path));
+            warn(warnings, stamp.write(&state, &disk.source));
         }
         if warnings.len() == failed {
             journal.append(id, Stage::SourceRetired, Map::new())?;
@@ -403,7 +403,7 @@ pub fn conclude_target(
 /// copied to. A stamp that can be read may not last yet.
 fn keep_stamps(state: &StateDir, open: &OperationLog, warnings: &mut Vec<String>) {
     for (index, disk) in open.plan.disks.iter().enumerate() {
-        let target = &disk.target.path;
+        let target = &disk.target;
         if !open.has_made(index) && !open.may_have_copied() {
             warn(warnings, Stamp::uncover(state, target, &open.operation));
             continue;

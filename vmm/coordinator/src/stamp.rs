@@ -9,17 +9,17 @@
 //! operation ends before anything was written to the image.
 //!
 //! It is a file `IMAGE.stamp` that holds one record: a raw image has no room of its own. A block device has its stamp in
-//! the directory `.stamps` beside the state directories, under what the kernel knows as the device's identity, or else
-//! its number, which may be another one after the machine has started again.
+//! the directory `.stamps` beside the state directories, as `/dev` is in memory: under what the device is
+//! ([`crate::device`]), whatever it is called, or else under its number, which may be another one's after the machine has
+//! started again. A loop device has that of the file behind it.
 
 use std::fs;
-use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use crate::device;
 use crate::durable::{self, Durable, DurableError, Role, with_suffix};
 use crate::journal::{self, ImageId};
 use crate::record::{Damage, Operation, RECORD_MAX, Record, TooLong};
@@ -103,12 +103,15 @@ impl Stamp {
     ///
     /// # Errors
     /// [`StampError`].
-    pub fn read(state: &StateDir, image: &Path) -> Result<Option<Self>, StampError> {
+    pub fn read(state: &StateDir, image: impl Into<Stamped>) -> Result<Option<Self>, StampError> {
         Ok(Self::read_whole(state, image)?.map(|(stamp, _)| stamp))
     }
 
     /// The stamp, and the one that it covers.
-    fn read_whole(state: &StateDir, image: &Path) -> Result<Option<(Self, Option<Self>)>, StampError> {
+    fn read_whole(
+        state: &StateDir,
+        image: impl Into<Stamped>,
+    ) -> Result<Option<(Self, Option<Self>)>, StampError> {
         let path = path_of(state, image);
         let file = match Durable::open_to_read(Role::Stamp, &path) {
             Ok(file) => file,
@@ -160,7 +163,7 @@ impl Stamp {
     ///
     /// # Errors
     /// [`StampError`].
-    pub fn write(&self, state: &StateDir, image: &Path) -> Result<(), StampError> {
+    pub fn write(&self, state: &StateDir, image: impl Into<Stamped>) -> Result<(), StampError> {
         self.put(state, image, None, durable::replace)
     }
 
@@ -169,8 +172,9 @@ impl Stamp {
     ///
     /// # Errors
     /// [`StampError`]; [`StampError::Damaged`]: what would have to be brought back cannot be read.
-    pub(crate) fn cover(&self, state: &StateDir, image: &Path) -> Result<(), StampError> {
-        let covered = match Self::read_whole(state, image)? {
+    pub(crate) fn cover(&self, state: &StateDir, image: impl Into<Stamped>) -> Result<(), StampError> {
+        let image = image.into();
+        let covered = match Self::read_whole(state, image.clone())? {
             Some((known, covered)) if known.operation.id == self.operation.id => covered,
             known => known.map(|(known, _)| known),
         };
@@ -182,8 +186,13 @@ impl Stamp {
     ///
     /// # Errors
     /// [`StampError`].
-    pub(crate) fn uncover(state: &StateDir, image: &Path, operation: &Operation) -> Result<(), StampError> {
-        match Self::read_whole(state, image)? {
+    pub(crate) fn uncover(
+        state: &StateDir,
+        image: impl Into<Stamped>,
+        operation: &Operation,
+    ) -> Result<(), StampError> {
+        let image = image.into();
+        match Self::read_whole(state, image.clone())? {
             Some((stamp, Some(covered))) if stamp.operation.id == operation.id => covered.write(state, image),
             // Who brought it back may have died before that was to last.
             Some((stamp, _)) if stamp.operation.id != operation.id => {
@@ -233,7 +242,7 @@ impl Stamp {
     fn put(
         &self,
         state: &StateDir,
-        image: &Path,
+        image: impl Into<Stamped>,
         covered: Option<&Self>,
         put: impl FnOnce(Role, &Path, &[u8], &str) -> Result<(), DurableError>,
     ) -> Result<(), StampError> {
@@ -264,36 +273,70 @@ impl Stamp {
     ///
     /// # Errors
     /// [`StampError`].
-    pub fn remove(state: &StateDir, image: &Path, operation: &Operation) -> Result<bool, StampError> {
-        match Self::read(state, image)? {
+    pub fn remove(
+        state: &StateDir,
+        image: impl Into<Stamped>,
+        operation: &Operation,
+    ) -> Result<bool, StampError> {
+        let image = image.into();
+        match Self::read(state, image.clone())? {
             Some(stamp) if stamp.operation.id != operation.id => Ok(false),
             _ => Ok(durable::remove(Role::Stamp, &path_of(state, image))?),
         }
     }
 }
 
-/// Where the stamp of an image is.
-pub fn path_of(state: &StateDir, image: &Path) -> PathBuf {
-    let metadata = fs::metadata(image);
-    if let Some(device) = metadata.ok().filter(|metadata| metadata.file_type().is_block_device()) {
-        let name = format!("{}.stamp", device_identity(device.rdev()));
-        return state.base().join(".stamps").join(name);
-    }
-    let canonical = fs::canonicalize(image).or_else(|_| ImageId::planned(image, 0).map(|image| image.path));
-    with_suffix(&canonical.unwrap_or_else(|_| image.to_owned()), ".stamp")
+/// An image that may have a stamp: one that is there, by its path, or one that an operation has written down, which a
+/// path may not lead to any more.
+#[derive(Clone, Debug)]
+pub struct Stamped {
+    path: PathBuf,
+    device: Option<String>,
 }
 
-/// What stays the same of a block device, as a file name.
-fn device_identity(number: u64) -> String {
-    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
-    let sys = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
-    let said = |file: &str| -> io::Result<String> { fs::read_to_string(sys.join(file)) };
-    // Device mapper; NVMe; SCSI; virtio-blk. A partition has none of its own.
-    let mut files = ["dm/uuid", "wwid", "device/wwid", "serial"].into_iter();
-    let identity = files.find_map(|file| said(file).ok().filter(|text| !text.trim().is_empty()));
-    let identity = identity.map_or(format!("{major}:{minor}"), |text| text.trim().to_owned());
+impl From<&Path> for Stamped {
+    fn from(path: &Path) -> Self {
+        Self { path: path.to_owned(), device: device::identity_at(path) }
+    }
+}
+
+impl From<&PathBuf> for Stamped {
+    fn from(path: &PathBuf) -> Self {
+        path.as_path().into()
+    }
+}
+
+impl From<&ImageId> for Stamped {
+    fn from(image: &ImageId) -> Self {
+        Self { path: image.path.clone(), device: image.device.clone() }
+    }
+}
+
+/// Where the stamp of an image is.
+pub fn path_of(state: &StateDir, image: impl Into<Stamped>) -> PathBuf {
+    let Stamped { path, device } = image.into();
+    let numbered = || {
+        let number = device::number(&path).ok().flatten()?;
+        Some(format!("{}:{}", rustix::fs::major(number), rustix::fs::minor(number)))
+    };
+    match device.as_deref().map(|identity| (identity, device::file_behind(identity))) {
+        Some((_, Some(file))) => return with_suffix(file, ".stamp"),
+        Some((identity, None)) => return of_device(state, identity),
+        None => {}
+    }
+    if let Some(number) = numbered() {
+        return of_device(state, &number);
+    }
+    let canonical = fs::canonicalize(&path).or_else(|_| ImageId::planned(&path, 0).map(|image| image.path));
+    with_suffix(&canonical.unwrap_or(path), ".stamp")
+}
+
+fn of_device(state: &StateDir, identity: &str) -> PathBuf {
     let plain = |c: char| if c.is_ascii_alphanumeric() || "._:-".contains(c) { c } else { '_' };
-    format!("block-{}", identity.chars().map(plain).take(200).collect::<String>())
+    let name: String = identity.chars().map(plain).take(200).collect();
+    // Two paths may look alike by now.
+    let mark = identity.contains('/').then(|| format!("-{:08x}", crc32c::crc32c(identity.as_bytes())));
+    state.base().join(".stamps").join(format!("block-{name}{}.stamp", mark.unwrap_or_default()))
 }
 
 #[cfg(test)]
@@ -325,6 +368,33 @@ mod tests {
         assert!(Stamp::remove(&state, &image, &operation(1)).unwrap());
         assert_eq!(Stamp::read(&state, &image).unwrap(), None);
         assert!(!state.base().exists());
+    }
+
+    #[test]
+    fn a_block_device_keeps_its_stamp_when_it_gets_another_name() {
+        let base = tempfile::tempdir().unwrap();
+        let state = StateDir::below(&base.path().join("state"), "vm").unwrap();
+        let image = |path: &str, device: &str| ImageId {
+            path: path.into(),
+            device: Some(device.into()),
+            file: None,
+            size: 512,
+        };
+        let stamp = Stamp { kind: StampKind::Incomplete, operation: operation(1), vm: "vm".into() };
+        stamp.write(&state, &image("/dev/sdb", "naa.5001-part2")).unwrap();
+        assert!(state.base().join(".stamps/block-naa.5001-part2.stamp").exists());
+        assert_eq!(Stamp::read(&state, &image("/dev/sdc", "naa.5001-part2")).unwrap(), Some(stamp.clone()));
+        assert_eq!(Stamp::read(&state, &image("/dev/sdb", "naa.5002-part2")).unwrap(), None);
+        // A loop device and the file that it shows have one; of parts of a file, each has its own.
+        let file = base.path().join("a b.raw");
+        let whole = format!("loop:{}@0", file.display());
+        stamp.write(&state, &image("/dev/loop0", &whole)).unwrap();
+        assert_eq!(Stamp::read(&state, &file).unwrap(), Some(stamp));
+        let [a, b] =
+            ["a b", "a_b"].map(|name| path_of(&state, &image("/dev/loop0", &format!("loop:/{name}@512"))));
+        assert!(a != b && a.starts_with(state.base()), "{a:?}");
+        assert!(Stamp::remove(&state, &image("/dev/loop1", &whole), &operation(1)).unwrap());
+        assert_eq!(Stamp::read(&state, &file).unwrap(), None);
     }
 
     #[test]

@@ -49,7 +49,8 @@ Files:
   $XDG_RUNTIME_DIR/tarn/NAME/ (root: /run/tarn/NAME/; TARN_RUN_DIR overrides the part before NAME):
   monitor.sock (QMP), agent.sock (guest agent), console.sock, pid, config.json, log
   $XDG_STATE_HOME/tarn/NAME/ (root: /var/lib/tarn/NAME/; TARN_STATE_DIR overrides the part before NAME), once a disk
-  was moved or copied: journal, disks.json, lock, witness-…; beside such an image: IMAGE.stamp
+  was moved or copied: journal, disks.json, lock, witness-…; beside such an image: IMAGE.stamp; those of block
+  devices are in .stamps/ beside NAME
 
 Example:
   tarn run --name web --disk data.img --mount /dev/vda:/data:ext4 --detach

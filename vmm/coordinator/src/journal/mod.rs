@@ -39,7 +39,7 @@ use crate::record::{Operation, Record, TooLong};
 use crate::state_dir::StateDir;
 
 pub use operation::{Consistency, Entry, OperationLog, Outcome};
-pub use plan::{DiskPlan, FileId, ImageId, Plan, PlanFlags};
+pub use plan::{DiskPlan, Displaced, FileId, ImageId, Plan, PlanFlags};
 pub use stage::{Hold, Misplaced, OperationKind, Progress, Protocol, Side, Stage};
 
 /// Records that have to fit when an operation begins, so that it does not have to make room halfway.

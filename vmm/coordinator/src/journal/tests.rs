@@ -34,7 +34,7 @@ impl Lab {
 }
 
 fn image(path: &str) -> ImageId {
-    ImageId { path: path.into(), file: Some(FileId { device: 1, inode: 2 }), size: 1 << 30 }
+    ImageId { path: path.into(), device: None, file: Some(FileId { device: 1, inode: 2 }), size: 1 << 30 }
 }
 
 fn plan() -> Plan {
@@ -189,8 +189,8 @@ fn a_plan_that_would_not_fit_later_is_refused_at_once() {
     let mut long = plan();
     let planned = |n: usize| DiskPlan {
         disk: format!("disk{n}"),
-        source: ImageId { path: "/images/source.raw".into(), file: None, size: 1 },
-        target: ImageId { path: "/images/target.raw".into(), file: None, size: 1 },
+        source: ImageId { path: "/images/source.raw".into(), device: None, file: None, size: 1 },
+        target: ImageId { path: "/images/target.raw".into(), device: None, file: None, size: 1 },
     };
     long.disks = (0..20).map(planned).collect();
     let refused = journal.begin(Uuid::from_u128(1), &long, Map::new()).unwrap_err();

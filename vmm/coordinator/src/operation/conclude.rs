@@ -78,7 +78,7 @@ impl Runner<'_> {
         for (index, disk) in plan.disks.iter().enumerate() {
             self.forget_node(&self.name(index))?;
             self.confirm_ours()?;
-            let removed = Stamp::remove(&state, &disk.target.path, &operation);
+            let removed = Stamp::remove(&state, &disk.target, &operation);
             self.warn(removed.map(drop));
         }
         self.done()
@@ -230,14 +230,14 @@ impl Runner<'_> {
             self.confirm_ours()?;
             let created = log.has_made(index);
             if !created && !log.may_have_copied() {
-                let uncovered = Stamp::uncover(&state, &disk.target.path, &operation);
+                let uncovered = Stamp::uncover(&state, &disk.target, &operation);
                 self.warn(uncovered);
                 continue;
             }
             let (path, prepared) = (&disk.target.path, log.entry(Stage::Prepared).is_some());
             let is_ours = if prepared { disk.target.is_file(path) } else { is_untouched(path) };
             // The image first: one without a stamp could be taken for a disk.
-            let gone = match Stamp::read(&state, &disk.target.path) {
+            let gone = match Stamp::read(&state, &disk.target) {
                 // Another image has its name meanwhile.
                 Ok(Some(stamp))
                     if created && stamp.operation.id == operation.id && path.exists() && !is_ours =>
@@ -257,7 +257,7 @@ impl Runner<'_> {
                 _ => false,
             };
             if gone {
-                let removed = Stamp::remove(&state, &disk.target.path, &operation);
+                let removed = Stamp::remove(&state, &disk.target, &operation);
                 self.warn(removed.map(drop));
             }
         }

@@ -51,7 +51,9 @@ impl Runner<'_> {
             Err(error) if error.refusal().is_none() => return Err(error.into()),
             _ => {}
         }
-        Ok(self.orders()?.add_node(&name, &plan.disks[index].target.path, disk)?)
+        // What the path of a block device leads to may be another one than when the operation began.
+        let image = plan.disks[index].target.locate().map_err(|error| Halt::Abort(chain(&error)))?;
+        Ok(self.orders()?.add_node(&name, &image, disk)?)
     }
 
     pub(super) fn await_ready(&mut self) -> Result<(), Halt> {

@@ -9,8 +9,6 @@
 //!                                   └─ one fails ─────────────▶ aborted
 //! ```
 
-use std::fs;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -202,8 +200,7 @@ impl Runner<'_> {
         let began = Instant::now();
         loop {
             let disks = self.disks_now()?;
-            let stays =
-                disks.iter().zip(&plan.disks).find(|(now, plan)| !is_same(&now.file, &plan.target.path));
+            let stays = disks.iter().zip(&plan.disks).find(|(now, plan)| !plan.target.is_at(&now.file));
             let Some((now, disk)) = stays else { return Ok(()) };
             let jobs = self.vm.jobs()?;
             let under_way = jobs.iter().any(|job| {
@@ -222,12 +219,5 @@ impl Runner<'_> {
             }
             self.vm.await_event(LOOK)?;
         }
-    }
-}
-
-fn is_same(a: &Path, b: &Path) -> bool {
-    match (fs::canonicalize(a), fs::canonicalize(b)) {
-        (Ok(a), Ok(b)) => a == b,
-        _ => a == b,
     }
 }

@@ -51,7 +51,7 @@ use uuid::Uuid;
 pub use self::report::{Copying, Observer, Report, Silent, Timeline};
 pub use self::request::{CopyMode, Request, Settings};
 use self::steps::{Halt, Runner};
-use crate::journal::{Journal, JournalError, OperationLog, Outcome, Stage};
+use crate::journal::{ImageId, Journal, JournalError, OperationLog, Outcome, Stage};
 use crate::resolve::{Reading, Resolution, ResolveError, Resolver};
 use crate::state_dir::StateDir;
 use crate::{DurableError, SessionError};
@@ -219,7 +219,7 @@ pub fn recover(
 /// What a resolver has done, in words.
 pub fn resolved(resolution: Resolution) -> Recovery {
     let Some(resolved) = resolution.resolved else { return Recovery::nothing() };
-    let operation = resolved.operation;
+    let (operation, mut warnings) = (resolved.operation, resolved.warnings);
     let found = operation.entries.iter().rev().map(|entry| entry.stage).find(|stage| {
         !matches!(stage, Stage::Done | Stage::Resolved(_) | Stage::ConfigCommitted | Stage::SourceRetired)
     });
@@ -231,13 +231,23 @@ pub fn resolved(resolution: Resolution) -> Recovery {
     let mut story = vec![format!("The VM ended when operation {} was at {stage}{witness}", operation.id())];
     story.extend(operation.plan.disks.iter().map(|disk| {
         let (id, source, target) = (&disk.disk, disk.source.path.display(), disk.target.path.display());
+        let mut now = |image: &ImageId| match image.locate() {
+            Ok(now) if now != image.path => format!("{} (now {})", image.path.display(), now.display()),
+            Ok(now) => now.display().to_string(),
+            Err(displaced) => {
+                warnings.push(displaced.to_string());
+                image.path.display().to_string()
+            }
+        };
         match operation.outcome() {
-            Outcome::Pivoted => format!("disk '{id}' is {target}, not {source}"),
-            Outcome::Completed => format!("disk '{id}' is {source}, and {target} is a complete copy"),
-            Outcome::Aborted | Outcome::Open => format!("disk '{id}' is {source}, not {target}"),
+            Outcome::Pivoted => format!("disk '{id}' is {}, not {source}", now(&disk.target)),
+            Outcome::Completed => {
+                format!("disk '{id}' is {}, and {target} is a complete copy", now(&disk.source))
+            }
+            Outcome::Aborted | Outcome::Open => format!("disk '{id}' is {}, not {target}", now(&disk.source)),
         }
     }));
-    Recovery { operation: Some(operation), found, story, warnings: resolved.warnings }
+    Recovery { operation: Some(operation), found, story, warnings }
 }
 
 fn nothing_open(state: &StateDir) -> String {

@@ -1,7 +1,6 @@
 //! What is asked of an operation, and what can be refused before anything has changed.
 
 use std::fs;
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,8 +10,10 @@ use super::report::Observer;
 use super::steps::Runner;
 use super::vm::{DiskNow, VmSession};
 use super::{Connection, OperationError};
+use crate::SessionError;
 use crate::chain;
-use crate::durable;
+use crate::device::{self, Keeps};
+use crate::durable::{self, DurableError};
 use crate::journal::{
     self, DiskPlan, ImageId, Journal, OperationKind, OperationLog, Plan, PlanFlags, Protocol,
     new_operation_id,
@@ -171,26 +172,12 @@ pub(super) fn begin<'a>(
     }
     let mut vm = VmSession::connect(&connection.monitor)?;
     let now = vm.disks()?;
-    let mut disks: Vec<DiskPlan> = Vec::new();
-    for (id, target) in &request.disks {
-        let Some(disk) = now.iter().find(|disk| disk.is_named(id)) else {
-            let known: Vec<_> = now.iter().map(DiskNow::name).collect();
-            return refuse(format!("The VM has no disk '{id}'; it has {}", known.join(", ")));
-        };
-        let plan = plan(disk, target, request).map_err(OperationError::Refused)?;
-        if let Some(user) = now.iter().find(|other| plan.target.is_at(&other.file)) {
-            let target = plan.target.path.display();
-            return refuse(format!("The target {target} is the image of disk '{}'", user.name()));
-        }
-        if disks.iter().any(|other| other.disk == plan.disk || other.target.path == plan.target.path) {
-            return refuse(format!("Disk '{id}' or its target is named twice"));
-        }
-        disks.push(plan);
-    }
+    let disks = plan_all(&now, request).map_err(OperationError::Refused)?;
     let journal = Journal::open(state)?;
     if let Some(open) = journal.open_operation() {
         return refuse(is_open(state, open));
     }
+    try_targets(&mut vm, &now, &disks)?;
     let id =
         new_operation_id().map_err(|error| OperationError::Refused(format!("No random numbers: {error}")))?;
     let is_a = request.kind == OperationKind::Pivot && request.protocol == Protocol::A;
@@ -205,7 +192,10 @@ pub(super) fn begin<'a>(
             retire_source: request.retire_source && request.kind == OperationKind::Pivot,
         },
     };
-    let runner = Runner::with_session(journal, id, connection, vm, request.settings, observer);
+    let mut runner = Runner::with_session(journal, id, connection, vm, request.settings, observer);
+    if request.kind == OperationKind::Pivot {
+        runner.warnings = plan.disks.iter().flat_map(|disk| doubts(&now, disk)).collect();
+    }
     Ok((runner, plan, request.settings.details()))
 }
 
@@ -216,6 +206,67 @@ fn is_open(state: &StateDir, open: &OperationLog) -> String {
         open.stage().name(),
         vm = state.name()
     )
+}
+
+fn plan_all(now: &[DiskNow], request: &Request) -> Result<Vec<DiskPlan>, String> {
+    let mut disks: Vec<DiskPlan> = Vec::new();
+    for (id, target) in &request.disks {
+        let Some(disk) = now.iter().find(|disk| disk.is_named(id)) else {
+            let known: Vec<_> = now.iter().map(DiskNow::name).collect();
+            return Err(format!("The VM has no disk '{id}'; it has {}", known.join(", ")));
+        };
+        let plan = plan(disk, target, request)?;
+        let path = &plan.target.path;
+        if let Some(user) = now.iter().find(|other| plan.target.is_at(&other.file)) {
+            return Err(format!("The target {} is the image of disk '{}'", path.display(), user.name()));
+        }
+        let is_twice = |other: &DiskPlan| {
+            other.disk == plan.disk || other.target.path == *path || other.target.is_at(path)
+        };
+        if disks.iter().any(is_twice) {
+            return Err(format!("Disk '{id}' or its target is named twice"));
+        }
+        check_blocks(path, disk)?;
+        disks.push(plan);
+    }
+    Ok(disks)
+}
+
+/// Targets that are there may be in use. The VM finds out, and says by whom, and gives them back. Not every VM looks
+/// whether the host uses a block device.
+fn try_targets(vm: &mut VmSession, now: &[DiskNow], disks: &[DiskPlan]) -> Result<(), OperationError> {
+    const NODE: &str = "tarn-probe";
+    let refused = |error: SessionError| match error.refusal() {
+        Some(refusal) => OperationError::Refused(refusal.desc.clone()),
+        None => error.into(),
+    };
+    for DiskPlan { disk: id, target, .. } in disks.iter().filter(|disk| disk.target.file.is_some()) {
+        // One that a coordinator has left which died in here.
+        match vm.orders().remove_node(NODE) {
+            Err(error) if error.refusal().is_none() => return Err(error.into()),
+            _ => {}
+        }
+        if let Some(disk) = now.iter().find(|disk| disk.is_named(id)) {
+            vm.orders().add_node(NODE, &target.path, disk).map_err(refused)?;
+            vm.orders().remove_node(NODE).map_err(refused)?;
+        }
+        if target.is_device() {
+            claim(&target.path).map_err(OperationError::Refused)?;
+        }
+    }
+    Ok(())
+}
+
+fn claim(path: &Path) -> Result<(), String> {
+    use rustix::fs::{Mode, OFlags, open};
+    let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    match open(path, flags, Mode::empty()) {
+        Ok(_) => Ok(()),
+        Err(rustix::io::Errno::BUSY) => {
+            Err(format!("The target {} is in use by the host or another process", path.display()))
+        }
+        Err(error) => Err(format!("Cannot open the target {}: {error}", path.display())),
+    }
 }
 
 fn plan(disk: &DiskNow, target: &Path, request: &Request) -> Result<DiskPlan, String> {
@@ -237,33 +288,90 @@ fn plan(disk: &DiskNow, target: &Path, request: &Request) -> Result<DiskPlan, St
     let source = ImageId::of(&disk.file).map_err(because("look at the disk's image", &disk.file))?;
     let absolute = std::path::absolute(target).map_err(because("name the target", target))?;
     let parent = absolute.parent().unwrap_or(Path::new("/"));
-    if request.kind == OperationKind::Pivot {
-        durable::check_directory(parent, "the target").map_err(|error| chain(&error))?;
-    }
-    let planned = match fs::metadata(&absolute) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            let planned = ImageId::planned(&absolute, disk.size);
-            check_space(parent, &source)?;
-            planned.map_err(because("find the directory of", &absolute))?
-        }
+    let number = match fs::metadata(&absolute) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
         Err(error) => return Err(because("look at the target", &absolute)(error)),
-        Ok(metadata) => {
-            let image = ImageId::of(&absolute).map_err(because("look at the target", &absolute))?;
-            if !metadata.file_type().is_block_device() && !request.reuse {
-                return Err(format!("The target {} is there already", absolute.display()));
-            }
-            if image.size != disk.size {
-                return Err(format!(
-                    "The target {} has {} bytes, and the disk has {}",
-                    absolute.display(),
-                    image.size,
-                    disk.size
-                ));
-            }
-            image
-        }
+        Ok(_) => Some(device::number(&absolute).map_err(because("look at the target", &absolute))?),
     };
-    Ok(DiskPlan { disk: id.to_owned(), source, target: planned })
+    if request.kind == OperationKind::Pivot {
+        check_lasting(&absolute, parent, number.flatten())?;
+    }
+    let Some(number) = number else {
+        let planned = ImageId::planned(&absolute, disk.size);
+        check_space(parent, &source)?;
+        let target = planned.map_err(because("find the directory of", &absolute))?;
+        return Ok(DiskPlan { disk: id.to_owned(), source, target });
+    };
+    let name = absolute.display();
+    let target = ImageId::of(&absolute).map_err(because("look at the target", &absolute))?;
+    if number.is_none() && !request.reuse {
+        return Err(format!("The target {name} is there already"));
+    }
+    if target.size != disk.size {
+        return Err(format!("The target {name} has {} bytes, and the disk has {}", target.size, disk.size));
+    }
+    Ok(DiskPlan { disk: id.to_owned(), source, target })
+}
+
+/// A disk does not move to where it would be gone when the machine ends.
+fn check_lasting(target: &Path, directory: &Path, device: Option<u64>) -> Result<(), String> {
+    let in_memory = |file: &Path| {
+        let directory = file.parent().unwrap_or(Path::new("/"));
+        matches!(durable::check_directory(directory, "the target"), Err(DurableError::Volatile { .. }))
+    };
+    let why = match device.map(device::keeps) {
+        None => {
+            return durable::check_directory(directory, "the target").map_err(|error| chain(&error));
+        }
+        Some(Keeps::AsFile(file)) if in_memory(&file) => format!("{} is in memory", file.display()),
+        Some(Keeps::AsFile(file)) if file.as_os_str().as_encoded_bytes().ends_with(b" (deleted)") => {
+            "the file behind it is deleted".to_owned()
+        }
+        Some(Keeps::Nothing) => "it is memory".to_owned(),
+        Some(Keeps::AsFile(_) | Keeps::All) => return Ok(()),
+    };
+    Err(format!("The target {} does not survive a crash of this machine: {why}", target.display()))
+}
+
+/// Bytes in a block of what is at `path`. Whatever lies below a file, its blocks are sectors.
+fn block_size(path: &Path) -> Option<u64> {
+    match device::number(path) {
+        Ok(Some(number)) => device::block_size(number),
+        _ => Some(512),
+    }
+}
+
+/// A guest cannot write half a block.
+fn check_blocks(target: &Path, disk: &DiskNow) -> Result<(), String> {
+    match (block_size(target), disk.block_size) {
+        (Some(after), Some(before)) if after > before => {
+            let (name, id) = (target.display(), disk.name());
+            Err(format!("The target {name} has blocks of {after} bytes, and disk '{id}' of {before}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What will matter when the machine, or the VM, starts again.
+fn doubts(now: &[DiskNow], DiskPlan { disk: id, target, .. }: &DiskPlan) -> Vec<String> {
+    let mut doubts = Vec::new();
+    let name = target.path.display();
+    if target.is_device() && target.device.is_none() {
+        doubts.push(format!(
+            "Nothing tells {name} from other devices but its name and size: see to it that it has that name when this \
+             machine starts again"
+        ));
+    }
+    let before = now.iter().find(|disk| disk.is_named(id)).and_then(|disk| disk.block_size);
+    if let (Some(before), Some(after)) = (before, block_size(&target.path))
+        && after < before
+    {
+        doubts.push(format!(
+            "Disk '{id}' has blocks of {before} bytes until the VM is started anew, and of {after} then, like {name}: a \
+             partition table counts in them"
+        ));
+    }
+    doubts
 }
 
 /// A copy takes about what its source takes.

@@ -246,14 +246,14 @@ impl<'a> Runner<'a> {
                 let made = durable::create_image(&disk.target.path, disk.target.size);
                 if made.as_ref().is_err_and(DurableError::is_already_there) {
                     // Somebody else's: a stamp would keep it from being booted.
-                    let removed = Stamp::remove(&state, &disk.target.path, &operation);
+                    let removed = Stamp::remove(&state, &disk.target, &operation);
                     removed.map_err(|error| abort(&error))?;
                 }
                 made.map_err(|error| abort(&error))?;
             } else {
-                stamp.cover(&state, &disk.target.path).map_err(|error| abort(&error))?;
+                stamp.cover(&state, &disk.target).map_err(|error| abort(&error))?;
             }
-            let image = ImageId::of(&disk.target.path);
+            let image = ImageId::of(&disk.target.locate().map_err(|error| abort(&error))?);
             disk.target = image.map_err(|error| Halt::Abort(error.to_string()))?;
         }
         if let Some(path) = plan.witness.as_deref().filter(|path| !path.exists()) {

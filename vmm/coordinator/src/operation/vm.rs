@@ -23,6 +23,8 @@ pub(super) struct DiskNow {
     pub(super) node: String,
     pub(super) file: PathBuf,
     pub(super) size: u64,
+    /// Bytes in a block, as the guest sees it, where the VM tells.
+    pub(super) block_size: Option<u64>,
     pub(super) read_only: bool,
     pub(super) direct: bool,
 }
@@ -108,6 +110,7 @@ impl VmSession {
                 node: text(&inserted["node-name"]),
                 file: text(&inserted["file"]).into(),
                 size: inserted["image"]["virtual-size"].as_u64().unwrap_or_default(),
+                block_size: disk["tarn-block-size"].as_u64(),
                 read_only: inserted["ro"] == true,
                 direct: inserted["cache"]["direct"] == true,
             })

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!   journal ─▶ an operation is open? resolve it ─▶ durable configuration ─▶ image replaced? the one that took its place
-//!                │                                                              │
-//!                └ undecidable: refused                                         └ stamped? refused
+//!                │                                                              │                  │
+//!                └ undecidable: refused                                         │                  └ another device has
+//!                                                                               └ stamped? refused   its name? refused
 //! ```
 //!
 //! It happens under the lock of the VM's run-time directory: no process of that VM lives, and none starts meanwhile.
@@ -12,7 +13,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use coordinator::disks::DurableDisks;
-use coordinator::journal::{JournalError, Side};
+use coordinator::journal::{ImageId, JournalError, Side};
 use coordinator::resolve::{ResolveError, Resolved, Resolver};
 use coordinator::stamp::{self, Stamp, StampKind};
 use coordinator::{StateDir, StateDirError};
@@ -82,7 +83,7 @@ fn settle_in(state: &StateDir, spec: &mut VmSpec, force: &[String]) -> anyhow::R
             lines.extend(why_stale(state, &resolution.disks, disk));
             continue;
         }
-        lines.extend(replace(&resolution.disks, disk));
+        lines.extend(replace(&resolution.disks, disk)?);
         check_stamp(state, &resolution.disks, disk)?;
         check_other_disks(&resolution.disks, disk)?;
     }
@@ -105,29 +106,44 @@ fn told(resolved: &Resolved) -> Vec<String> {
     std::iter::once(first).chain(warnings.iter().cloned()).collect()
 }
 
-/// Gives the disk the image that took the place of the one it is configured with.
-fn replace(disks: &DurableDisks, disk: &mut DiskSpec) -> Option<String> {
-    let found = disks.successor(&disk.id, &disk.path)?;
-    let now = found.by.path.clone();
-    let line = format!(
-        "disk '{}': {}, which replaced {} by operation {}",
-        disk.id,
-        now.display(),
-        disk.path.display(),
-        found.operation
-    );
+/// Gives the disk the image that took the place of the one it is configured with, by the name it has now.
+fn replace(disks: &DurableDisks, disk: &mut DiskSpec) -> anyhow::Result<Option<String>> {
+    let (image, why) = match disks.successor(&disk.id, &disk.path) {
+        Some(found) => {
+            (&found.by, format!("replaced {} by operation {}", disk.path.display(), found.operation))
+        }
+        None => match current_device(disks, disk) {
+            Some(image) => (image, format!("was {} before", disk.path.display())),
+            None => return Ok(None),
+        },
+    };
+    let (id, path) = (&disk.id, disk.path.display());
+    let now = image.locate().with_context(|| {
+        format!("Disk '{id}': its image is not where it was; to boot {path} all the same, add {FORCE}={id}")
+    })?;
+    if now == disk.path {
+        return Ok(None);
+    }
+    let line = format!("disk '{}': {}, which {why}", disk.id, now.display());
     disk.path = now;
-    Some(line)
+    Ok(Some(line))
+}
+
+/// The block device that is the disk by now, if the disk is configured with its name, and another device may have that.
+fn current_device<'a>(disks: &'a DurableDisks, disk: &DiskSpec) -> Option<&'a ImageId> {
+    let image = &disks.disks.get(&disk.id)?.image;
+    let is_certain = image.device.is_some() && image.is(&disk.path);
+    (image.is_device() && image.is_named(&disk.path) && !is_certain).then_some(image)
 }
 
 /// What would have been done about a disk whose user insists on its image.
 fn why_stale(state: &StateDir, disks: &DurableDisks, disk: &DiskSpec) -> Option<String> {
     let replaced = |by: &Path| format!("{} took its place", by.display());
-    let found = disks.successor(&disk.id, &disk.path);
-    let found = found.or_else(|| disks.disks.keys().find_map(|other| disks.successor(other, &disk.path)));
+    let found = disks.successor(&disk.id, &disk.path).or_else(|| disks.successor_of_any(&disk.path));
+    let displaced = current_device(disks, disk).and_then(|image| image.locate().err());
     let why = match (found, Stamp::read(state, &disk.path)) {
         (Some(found), _) => replaced(&found.by.path),
-        (None, Ok(None)) => return None,
+        (None, Ok(None)) => displaced?.to_string(),
         (None, Ok(Some(Stamp { kind: StampKind::Superseded { by }, .. }))) => replaced(&by),
         (None, Ok(Some(stamp))) if disks.is_current(&disk.path, stamp.operation.id) => return None,
         (None, Ok(Some(_))) => "it is not complete".to_owned(),
@@ -167,8 +183,7 @@ fn check_stamp(state: &StateDir, disks: &DurableDisks, disk: &DiskSpec) -> anyho
 
 /// An image that was another disk of this VM, and is not any more.
 fn check_other_disks(disks: &DurableDisks, disk: &DiskSpec) -> anyhow::Result<()> {
-    let found = disks.disks.keys().find_map(|other| disks.successor(other, &disk.path));
-    match found {
+    match disks.successor_of_any(&disk.path) {
         Some(found) if !disk.read_only => {
             refuse_superseded(disk, &found.by.path, &format!("operation {} of this VM", found.operation))
         }
@@ -189,7 +204,7 @@ mod tests {
     use std::fs;
     use std::path::PathBuf;
 
-    use coordinator::journal::{DiskPlan, ImageId, Journal, OperationKind, Plan, PlanFlags, Protocol, Stage};
+    use coordinator::journal::{DiskPlan, Journal, OperationKind, Plan, PlanFlags, Protocol, Stage};
     use coordinator::record::Operation;
     use coordinator::record::witness::{Verdict, Witness};
     use serde_json::{Map, Value};
@@ -379,6 +394,46 @@ mod tests {
         let refused = lab.settle(&[OLD], false).unwrap_err();
         assert!(refused.contains("cannot be told whether") && refused.contains(FORCE), "{refused}");
         assert_eq!(lab.settle(&[OLD], true).unwrap().1, [lab.path("old.raw")]);
+    }
+
+    #[test]
+    fn a_block_device_that_is_not_where_it_was_is_not_taken_for_another_one() {
+        let lab = Lab::new();
+        let device = |name: &str, device: &str| {
+            let path = lab.path(name);
+            ImageId { path, device: Some(device.into()), file: None, size: 512 }
+        };
+        let disk = DiskPlan {
+            disk: "vda".into(),
+            source: device("old.raw", "naa.1"),
+            target: device("new.raw", "naa.2"),
+        };
+        let plan = Plan {
+            kind: OperationKind::Pivot,
+            protocol: Protocol::B,
+            disks: vec![disk],
+            witness: None,
+            flags: PlanFlags::default(),
+        };
+        let operation = Operation { id: ID, generation: 1, epoch: 1 };
+        lab.state.create().unwrap();
+        DurableDisks::commit(&lab.state, operation, &plan).unwrap();
+        // By its old name, and by its new one.
+        for disk in [OLD, "DIR/new.raw,id=vda"] {
+            let refused = lab.settle(&[disk], false).unwrap_err();
+            let expected = format!(
+                "Disk 'vda': its image is not where it was; to boot {} all the same, add {FORCE}=vda: {} was the block \
+                 device naa.2, and now it is no block device; that one is not attached",
+                lab.spec(&[disk]).disks[0].path.display(),
+                lab.path("new.raw").display()
+            );
+            assert_eq!(refused, expected);
+            let (said, booted) = lab.settle(&[disk], true).unwrap();
+            assert!(said.contains("although "), "{said}");
+            assert_eq!(booted, [lab.spec(&[disk]).disks[0].path.clone()]);
+        }
+        // What has the name of a device that was a disk once is none of it.
+        lab.settle(&["DIR/old.raw,id=vdb"], false).unwrap();
     }
 
     #[test]
