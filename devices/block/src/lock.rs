@@ -29,7 +29,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -151,8 +151,7 @@ fn find_holder(file: &File, byte: u8) -> Holder {
                 continue;
             }
             // Follows the link to the open file itself, even when it was renamed or removed.
-            let same = fs::metadata(entry.path())
-                .is_ok_and(|theirs| (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()));
+            let same = fs::metadata(entry.path()).is_ok_and(|theirs| is_same(&ours, &theirs));
             let holds = || {
                 fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}"))
                     .is_ok_and(|info| info.lines().any(|line| covers(line, byte)))
@@ -167,6 +166,12 @@ fn find_holder(file: &File, byte: u8) -> Holder {
         }
     }
     Holder::Unknown
+}
+
+/// Whether both are one file, or nodes of one block device.
+fn is_same(ours: &fs::Metadata, theirs: &fs::Metadata) -> bool {
+    let are_devices = ours.file_type().is_block_device() && theirs.file_type().is_block_device();
+    (ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()) || are_devices && ours.rdev() == theirs.rdev()
 }
 
 /// Who has the block device at `path` so that the kernel gives it to nobody else.
