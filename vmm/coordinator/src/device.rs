@@ -7,7 +7,7 @@
 //! | partition | its disk, and its number in it: `DISK-partN` |
 //! | device mapper (LVM, crypt, multipath, …) | its UUID, else `dm-name:NAME` |
 //! | NVMe, SCSI, MD | its world-wide or universal identifier |
-//! | virtio-blk | its serial number, else where it is plugged in, as in /dev/disk/by-path: `at:0000:00:04.0` |
+//! | virtio-blk | its serial number, if it is the only one that has it, else where it is plugged in: `at:0000:00:04.0` |
 //! | others (nbd, …) | nothing that would tell it from another one |
 
 use std::fs;
@@ -103,17 +103,28 @@ impl Sysfs<'_> {
             let limit = if limit == "0" { String::new() } else { format!("+{limit}") };
             return Some(format!("{LOOP}{file}@{offset}{limit}"));
         }
-        let files = ["dm/uuid", "wwid", "device/wwid", "md/uuid", "serial"];
+        let files = ["dm/uuid", "wwid", "device/wwid", "md/uuid"];
         let own = files.iter().find_map(|file| said(directory, file));
         let named = || said(directory, "dm/name").map(|name| format!("dm-name:{name}"));
-        own.or_else(named).or_else(|| plugged_in(directory).map(|place| format!("at:{place}")))
+        // Users choose it, and need not choose well.
+        let serial = || said(directory, "serial").filter(|serial| self.has_one(serial));
+        let place = || plugged_in(directory).map(|place| format!("at:{place}"));
+        own.or_else(named).or_else(serial).or_else(place)
+    }
+
+    fn has_one(&self, serial: &str) -> bool {
+        let has_it = |directory: &PathBuf| said(directory, "serial").as_deref() == Some(serial);
+        self.all().map(|entry| entry.path()).filter(has_it).count() == 1
+    }
+
+    fn all(&self) -> impl Iterator<Item = fs::DirEntry> + use<> {
+        fs::read_dir(format!("{}/class/block", self.0)).into_iter().flatten().flatten()
     }
 
     /// The kernel's names of all devices of an identity, partitions too.
     fn find(&self, identity: &str) -> Vec<String> {
-        let entries = fs::read_dir(format!("{}/class/block", self.0)).into_iter().flatten().flatten();
         let is_it = |directory: PathBuf| self.identity(&directory).as_deref() == Some(identity);
-        let found = entries.filter(|entry| fs::canonicalize(entry.path()).is_ok_and(is_it));
+        let found = self.all().filter(|entry| fs::canonicalize(entry.path()).is_ok_and(is_it));
         // A slash in a name is a `!` here.
         let mut names: Vec<_> =
             found.map(|entry| entry.file_name().to_string_lossy().replace('!', "/")).collect();
@@ -186,6 +197,10 @@ mod tests {
         let part = [("loop/backing_file", "/img/a"), ("loop/offset", "512"), ("loop/sizelimit", "1024")];
         machine.add("8:7", &virtual_("loop1"), &part);
         machine.add("8:8", &virtual_("nbd0"), &[]);
+        for (number, place) in [("8:9", "6"), ("8:10", "7")] {
+            let directory = format!("pci0000:00/0000:00:0{place}.0/virtio{place}/block/vd{place}");
+            machine.add(number, &directory, &[("serial", "twin")]);
+        }
         let known = [
             Some(uuid),
             Some("dm-name:plain"),
@@ -196,6 +211,8 @@ mod tests {
             Some("loop:/img/a b.raw@0"),
             Some("loop:/img/a@512+1024"),
             None,
+            Some("at:0000:00:06.0"),
+            Some("at:0000:00:07.0"),
             None,
         ];
         for (minor, expected) in known.iter().enumerate() {
