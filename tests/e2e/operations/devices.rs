@@ -2,7 +2,7 @@
 //! when a machine starts again.
 
 use std::fs::{self, File};
-use std::os::unix::fs::{OpenOptionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -16,10 +16,10 @@ const SIZE: u64 = 8 << 20;
 const THREADS: u64 = 2;
 
 /// A loop device, given back when dropped.
-struct Loop(PathBuf);
+pub(super) struct Loop(pub(super) PathBuf);
 
 impl Loop {
-    fn of(file: &Path) -> Self {
+    pub(super) fn of(file: &Path) -> Self {
         Self::with(file, &["--find"])
     }
 
@@ -51,10 +51,10 @@ impl Drop for Loop {
 }
 
 /// A mounted filesystem.
-struct Mount(PathBuf);
+pub(super) struct Mount(PathBuf);
 
 impl Mount {
-    fn of(device: &Path, at: PathBuf) -> Self {
+    pub(super) fn of(device: &Path, at: PathBuf) -> Self {
         fs::create_dir(&at).unwrap();
         run(Command::new("mount").args([device, &at]));
         Self(at)
@@ -75,7 +75,7 @@ fn name(lab: &Lab, name: &str, device: &Path) -> PathBuf {
     link
 }
 
-fn has_loop_devices() -> bool {
+pub(super) fn has_loop_devices() -> bool {
     let has = rustix::process::geteuid().is_root() && Path::new("/dev/loop-control").exists();
     if !has {
         eprintln!("SKIPPED: block devices: only root can make loop devices, with the kernel's module `loop`");
@@ -122,7 +122,7 @@ fn a_disk_moves_to_block_devices_which_are_found_whatever_the_kernel_calls_them(
     );
     assert_eq!(files(&mut vm)[0], link_c);
     assert!(!lab.path("b.raw.stamp").exists());
-    a_device_of_large_blocks_moves_to_one_of_small_ones(&lab, &mut vm, &loop_d);
+    a_device_of_large_blocks_moves_to_one_of_small_ones_and_back(&lab, &mut vm, &wide, &loop_d);
 
     // Coordinator and VM end in the middle of the next one, and the machine starts again: the devices change places.
     slow_down(&mut vm);
@@ -231,7 +231,12 @@ fn what_is_no_target_is_refused_and_nothing_has_changed(lab: &Lab, vm: &mut Vm<'
     drop(mount);
 }
 
-fn a_device_of_large_blocks_moves_to_one_of_small_ones(lab: &Lab, vm: &mut Vm<'_>, small: &Loop) {
+fn a_device_of_large_blocks_moves_to_one_of_small_ones_and_back(
+    lab: &Lab,
+    vm: &mut Vm<'_>,
+    wide: &Loop,
+    small: &Loop,
+) {
     let inserted = |vm: &mut Vm<'_>| -> Value { vm.monitor().run("query-block")[1].take() };
     assert_eq!(inserted(vm)["tarn-block-size"], 4096);
     let operations = "w:5:0:256K z:4K:8K d:64K:64K r:5:0:4K r:0:4K:8K r:5:12K:4K r:5:128K:4K f";
@@ -248,4 +253,20 @@ fn a_device_of_large_blocks_moves_to_one_of_small_ones(lab: &Lab, vm: &mut Vm<'_
     assert_eq!(vm.sh("cat /sys/block/vdb/queue/logical_block_size"), "4096");
     vm.sh("disk-io /dev/vdb run r:5:0:4K r:0:4K:8K r:5:12K:4K r:5:128K:4K");
     vm.sh(&format!("disk-io /dev/vdb run {}", operations.replace(":5:", ":6:").replace("w:5", "w:6")));
+    // The guest still has large blocks.
+    json(lab, &["pivot", "dev", &to("d1", &wide.0)]);
+    assert_eq!(files(vm)[1], wide.0);
+    vm.sh("disk-io /dev/vdb run r:6:0:4K r:0:4K:8K r:6:12K:4K r:6:128K:4K");
+    another_node_of_a_device_is_no_way_around(lab, vm.pid(), wide);
+}
+
+fn another_node_of_a_device_is_no_way_around(lab: &Lab, user: u32, device: &Loop) {
+    let number = fs::metadata(&device.0).unwrap().rdev();
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    let node = lab.path("node");
+    run(Command::new("mknod").arg(&node).args(["b", &major.to_string(), &minor.to_string()]));
+    let error = fails(lab, &["pivot", "dev", &to("d0", &node)], 1);
+    assert!(error.contains("is the image of disk 'd1'"), "{error}");
+    let refused = fails(lab, &["run", "--name", "other", "--disk", &node.display().to_string()], 1);
+    assert!(refused.contains(&format!("is in use by process {user} (")), "{refused}");
 }

@@ -3,7 +3,8 @@
 use std::fs::read;
 use std::path::Path;
 
-use super::{json, to};
+use super::devices::{Loop, Mount, has_loop_devices};
+use super::{fails, json, to};
 use crate::block_cases::{Disk, Qemu, place};
 use crate::harness::{Lab, eventually, run, shell};
 
@@ -20,6 +21,24 @@ fn sh(qemu: &mut Qemu, script: &str) -> String {
     text.trim().to_owned()
 }
 
+/// As block devices are known to this program, and not to QEMU: it would have written to one that is mounted.
+fn onto_a_device(lab: &Lab, qemu: &mut Qemu, sockets: &[String; 2]) -> Option<Loop> {
+    if !has_loop_devices() {
+        return None;
+    }
+    let pivot = |device: &Loop| to("d0", &device.0);
+    let mounted = Loop::of(&lab.ext4("mounted.raw", SIZE));
+    let mount = Mount::of(&mounted.0, lab.path("mnt"));
+    let error = fails(lab, &arguments(&["pivot", "q", &pivot(&mounted), "--protocol", "b"], sockets), 1);
+    assert!(error.contains("is in use by the host or another process"), "{error}");
+    drop(mount);
+    let device = Loop::of(&lab.image("device.raw", SIZE));
+    let report = json(lab, &arguments(&["pivot", "q", &pivot(&device), "--protocol", "b"], sockets));
+    assert_eq!(report["outcome"], "pivoted", "{report}");
+    assert_eq!(file(qemu), device.0.display().to_string());
+    Some(device)
+}
+
 fn file(qemu: &mut Qemu) -> String {
     qemu.monitor().run("query-block")[0]["inserted"]["file"].as_str().unwrap().to_owned()
 }
@@ -32,6 +51,7 @@ fn a_disk_of_stock_qemu_moves_and_a_dead_coordinator_is_recovered_from() {
     sh(&mut qemu, "mkdir -p /mnt && mount -t ext4 /dev/vda /mnt && echo one > /mnt/n && sync");
     let sockets = ["qmp.sock", "agent.sock"].map(|kind| qemu.socket(kind).display().to_string());
 
+    let device = onto_a_device(&lab, &mut qemu, &sockets);
     let second = lab.path("second.raw");
     let moved = to("d0", &second);
     let report =
@@ -43,6 +63,7 @@ fn a_disk_of_stock_qemu_moves_and_a_dead_coordinator_is_recovered_from() {
     );
     eprintln!("timeline of QEMU: {}", report["timeline"]);
     assert_eq!(file(&mut qemu), second.display().to_string());
+    drop(device);
     sh(&mut qemu, "echo two > /mnt/n && sync");
 
     let copy = lab.path("copy.raw");
