@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 
 use crate::setup::Setup;
 
+const DISABLED: &str = "The command guest-fsfreeze-freeze has been disabled: the guest is frozen";
+
 /// Listens for as long as the process lives.
 pub(crate) fn start(setup: &Setup, frozen: Arc<AtomicBool>) -> io::Result<()> {
     let listener = UnixListener::bind(setup.agent())?;
@@ -32,7 +34,12 @@ fn serve(mut client: UnixStream, frozen: &AtomicBool) -> io::Result<()> {
     loop {
         while let Some(item) = decoder.next_item() {
             let Item::Value(request) = item else { continue };
-            let answer = json!({"return": answer(&request, frozen)});
+            // A frozen guest does next to nothing for anybody, as the real agent has it.
+            let is_refused = request["execute"] == "guest-fsfreeze-freeze" && frozen.load(Ordering::SeqCst);
+            let answer = match is_refused {
+                true => json!({"error": {"class": "GenericError", "desc": DISABLED}}),
+                false => json!({"return": answer(&request, frozen)}),
+            };
             let sentinel: &[u8] = if request["execute"] == "guest-sync-delimited" { b"\xff" } else { b"" };
             client.write_all(&[sentinel, encode(&answer).as_bytes(), b"\n"].concat())?;
         }

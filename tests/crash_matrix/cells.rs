@@ -88,6 +88,8 @@ pub(crate) enum Stranger {
     Complete,
     /// Does so with the first job alone.
     CompleteOne,
+    /// Lets the first disk move by the verb of 2012, without a witness.
+    Reopen,
     /// Begins an operation on the same disks.
     Coordinator,
     /// Takes the lock away and recovers, while the first coordinator only sleeps.
@@ -257,10 +259,12 @@ fn strangers(quiet: &Cell, places: &[Place], random: &mut Random, cells: &mut Ve
     // Only who lives can tell that somebody else has moved the disks.
     for place in places.iter().filter(|place| may_be_completed(quiet.recipe, place)) {
         for who in [Who::Nobody, Who::Coordinator] {
-            let all = [Stranger::Complete, Stranger::CompleteOne];
-            for stranger in &all[..quiet.recipe.disks.min(2)] {
+            // The verb is Tarn's.
+            let other = random.pick(&[Stranger::Reopen, Stranger::CompleteOne]);
+            let other = if quiet.recipe.protocol == Protocol::A { other } else { Stranger::CompleteOne };
+            for stranger in [&[Stranger::Complete][..], &[other]].concat() {
                 let (place, seed) = (Some(place.clone()), random.bits());
-                cells.push(Cell { place, who, stranger: Some(*stranger), seed, ..quiet.clone() });
+                cells.push(Cell { place, who, stranger: Some(stranger), seed, ..quiet.clone() });
             }
         }
     }

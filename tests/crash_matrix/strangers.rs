@@ -21,7 +21,7 @@ pub(crate) fn interfere(setup: &Setup, stranger: Stranger) -> Result<(), Box<dyn
     let mut ask = |command: &str, arguments: Value| {
         let arguments: Option<Map<String, Value>> = arguments.as_object().cloned();
         // Nobody sleeps who would have to answer a question.
-        let limit = if command.contains("query-") { PATIENCE } else { BRIEF };
+        let limit = if command.contains("query-") || command == "drive-reopen" { PATIENCE } else { BRIEF };
         session.execute(command, arguments.map(|arguments| arguments.into_iter().collect()), limit)
     };
     match stranger {
@@ -59,6 +59,11 @@ pub(crate) fn interfere(setup: &Setup, stranger: Stranger) -> Result<(), Box<dyn
                 }
                 thread::sleep(LOOK);
             }
+        }
+        Stranger::Reopen => {
+            let target = setup.target(0);
+            // Refused while the pivot is under way; answered when it is over.
+            let _ = ask("drive-reopen", json!({"device": Setup::disk(0), "new-image-file": target}));
         }
         Stranger::Pivot => {
             let operations = journal::operations(&setup.state())?;

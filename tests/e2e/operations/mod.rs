@@ -218,7 +218,7 @@ fn a_coordinator_that_dies_leaves_an_operation_that_is_undone_or_gone_on_with() 
     // Another one does not begin while this one is open.
     let error = fails(&lab, &arguments, 1);
     assert!(
-        error.contains("`tarn op resume crash` goes on with it, `tarn recover crash` settles it"),
+        error.contains("`tarn op resume crash` goes on with it, `tarn recover crash` undoes it"),
         "{error}"
     );
     let recovered = json(&lab, &["recover", "crash"]);

@@ -149,6 +149,25 @@ impl OperationLog {
         self.entries.last().map_or(0, |entry| entry.at)
     }
 
+    /// While it is open: what is known of it, and the commands that go on from here. `vm` is the VM's name.
+    pub fn what_next(&self, vm: &str) -> String {
+        let progress = self.progress;
+        let finish = format!("`tarn recover {vm}` finishes it");
+        match progress.decision() {
+            Some(Side::Target) => format!("its targets are the disks, and {finish}"),
+            Some(Side::Source) => format!("its sources stay the disks, and {finish}"),
+            None if progress.is_copied() => format!("its copies are complete, and {finish}"),
+            None if progress.is_intended() => {
+                format!(
+                    "it may have moved the disks: `tarn recover {vm}` finds out, and finishes or undoes it"
+                )
+            }
+            None => format!(
+                "nothing is decided: `tarn op resume {vm}` goes on with it, `tarn recover {vm}` undoes it"
+            ),
+        }
+    }
+
     /// For `--json`: the operation in a few members, and with `steps` each of them.
     pub fn to_json(&self, steps: bool) -> Value {
         let mut object = json!({

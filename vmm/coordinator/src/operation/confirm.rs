@@ -104,18 +104,26 @@ impl Runner<'_> {
         if let Err(halt) = self.stop_for_all() {
             return halt;
         }
-        let vm = self.journal.state_dir().name();
         let behind = match behind {
             [] => "it is not known that they were complete".to_owned(),
             behind => behind.join(", "),
         };
-        Halt::Unknown(format!(
-            "another client has moved the VM to {}, but {behind}. The VM is stopped, and nothing was removed. Do not end it: \
-             it would start on the images from before, without what the guest has written since. Move these disks to their \
-             targets, too (blockdev-mirror and job-complete; `tarn op show {vm}` lists them); then `tarn recover {vm}` \
-             settles the operation, and `tarn resume {vm}` lets the guest go on",
+        let reason = format!(
+            "another client has moved the VM to {}, but {behind}. The VM is stopped, and nothing was removed",
             moved.join(", ")
-        ))
+        );
+        self.stopped(reason, "Move these disks to their targets, too")
+    }
+
+    /// The VM is, and only a person can get it out of it.
+    pub(super) fn stopped(&self, reason: String, way_out: &str) -> Halt {
+        let vm = self.journal.state_dir().name();
+        let next = format!(
+            "Do not end it: it would start on images that lack what the guest has written since. {way_out} (\
+             blockdev-mirror and job-complete; `tarn op show {vm}` names the images); then `tarn recover {vm}` settles the \
+             operation, and `tarn resume {vm}` lets the guest go on"
+        );
+        Halt::Stopped { reason, next }
     }
 
     /// A VM that has not pivoted although the witness says so is another one than that which wrote the witness.
@@ -142,14 +150,12 @@ impl Runner<'_> {
         if let Err(halt) = self.stop_for_all() {
             return halt;
         }
-        let vm = self.journal.state_dir().name();
-        Halt::Unknown(format!(
+        let reason = format!(
             "another client has moved the VM to {}, which this operation has not decided. The VM is stopped, and nothing \
-             was removed. Do not end it: it would start on the images from before, without what the guest has written since. \
-             Move its disks back to the images that `tarn op show {vm}` names (blockdev-mirror and job-complete); then \
-             `tarn recover {vm}` settles the operation, and `tarn resume {vm}` lets the guest go on",
+             was removed",
             moved.join(", ")
-        ))
+        );
+        self.stopped(reason, "Move its disks back")
     }
 
     /// In nobody's name: no operation lets it go on. That a VM cannot be stopped is not worse than what it is stopped for.

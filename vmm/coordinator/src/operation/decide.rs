@@ -87,10 +87,13 @@ impl Runner<'_> {
                 "none" | "draining" if !told && (reason.is_some() || now.state == "none") => {
                     told = true;
                     let operation = self.operation();
-                    match self.orders()?.abort_pivot(&operation) {
-                        // Too late: then there is another answer to the question.
-                        Err(error) if error.refusal().is_none() => return Err(error.into()),
-                        _ => {}
+                    let Err(error) = self.orders()?.abort_pivot(&operation) else { continue };
+                    let Some(refusal) = error.refusal() else { return Err(error.into()) };
+                    let refusal = refusal.desc.clone();
+                    // Too late: then there is another answer to the question. If there is none, it is for its generation,
+                    // as another client has pivoted meanwhile: nor can this one begin any more.
+                    if self.vm.query_pivot(self.id)?.state == "none" {
+                        return self.abort_live(json!({"reason": refusal}));
                     }
                 }
                 state if began.elapsed() > PATIENCE => {
@@ -209,13 +212,14 @@ impl Runner<'_> {
             if !under_way || began.elapsed() > PATIENCE {
                 // Another client has taken the decision back. What the guest writes now is lost: it must not.
                 self.stop_for_all()?;
-                return Err(Halt::Unknown(format!(
+                let reason = format!(
                     "disk '{}' works on {}, although it is decided that it is {}: another client has cancelled its job. The \
                      VM is stopped",
                     disk.disk,
                     now.file.display(),
                     disk.target.path.display()
-                )));
+                );
+                return Err(self.stopped(reason, "Move it to its target"));
             }
             self.vm.await_event(LOOK)?;
         }

@@ -104,16 +104,14 @@ pub enum OperationError {
         warnings: Vec<String>,
     },
     /// It is open, and nobody may assume anything about it until it is settled.
-    #[error(
-        "Operation {id} is not settled: {reason}. `tarn recover {vm}` finds out what became of it and settles it"
-    )]
+    #[error("Operation {id} is not settled: {reason}. {next}")]
     Unsettled {
         /// The operation.
         id: Uuid,
-        /// The VM.
-        vm: String,
         /// Why.
         reason: String,
+        /// What is known of it, and the commands that go on.
+        next: String,
     },
 }
 
@@ -274,7 +272,9 @@ impl From<Halt> for OperationError {
         match halt {
             Halt::Journal(error) => Self::Journal(error),
             Halt::Durable(error) => Self::Durable(error),
-            Halt::Abort(reason) | Halt::Unknown(reason) => Self::Refused(reason),
+            Halt::Abort(reason) | Halt::Unknown(reason) | Halt::Stopped { reason, .. } => {
+                Self::Refused(reason)
+            }
         }
     }
 }

@@ -201,9 +201,10 @@ pub(super) fn begin<'a>(
 
 fn is_open(state: &StateDir, open: &OperationLog) -> String {
     format!(
-        "Operation {} of VM {vm} is {}: `tarn op resume {vm}` goes on with it, `tarn recover {vm}` settles it",
+        "Operation {} of VM {vm} is open, at {}: {}",
         open.id(),
         open.stage().name(),
+        open.what_next(state.name()),
         vm = state.name()
     )
 }

@@ -28,6 +28,8 @@ pub(super) enum Halt {
     Abort(String),
     /// Nobody knows whether it was done.
     Unknown(String),
+    /// Another client has moved disks, and nobody but a person can bring them together again. The VM is stopped.
+    Stopped { reason: String, next: String },
     /// What has to be written down cannot be.
     Journal(JournalError),
     /// The same, of another file.
@@ -122,7 +124,11 @@ impl<'a> Runner<'a> {
 
     pub(super) fn abort(self) -> Result<Recovery, OperationError> {
         if self.progress().decision() == Some(Side::Target) {
-            let text = format!("Operation {} is decided: its targets are the disks", self.id);
+            let vm = self.journal.state_dir().name();
+            let text = format!(
+                "Operation {} is decided: its targets are the disks. `tarn recover {vm}` finishes it",
+                self.id
+            );
             return Err(OperationError::Refused(text));
         }
         if self.progress().is_copied() {
@@ -349,12 +355,19 @@ impl Runner<'_> {
     }
 
     fn unsettled(&self, halt: Halt) -> OperationError {
-        let reason = match halt {
-            Halt::Abort(reason) | Halt::Unknown(reason) => reason,
-            Halt::Journal(error) => chain(&error),
-            Halt::Durable(error) => chain(&error),
+        let vm = self.journal.state_dir().name();
+        let next = format!("Now {}", self.log().what_next(vm));
+        let (reason, next) = match halt {
+            Halt::Abort(reason) | Halt::Unknown(reason) => (reason, next),
+            Halt::Stopped { reason, next } => (reason, next),
+            Halt::Journal(error @ JournalError::Fenced { .. }) => {
+                let next = format!("This one does nothing more; `tarn op show {vm}` tells how far it is");
+                (chain(&error), next)
+            }
+            Halt::Journal(error) => (chain(&error), next),
+            Halt::Durable(error) => (chain(&error), next),
         };
-        OperationError::Unsettled { id: self.id, vm: self.journal.state_dir().name().to_owned(), reason }
+        OperationError::Unsettled { id: self.id, reason, next }
     }
 }
 

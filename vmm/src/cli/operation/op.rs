@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use coordinator::StateDir;
-use coordinator::journal::{self, OperationLog};
+use coordinator::journal::{self, Hold, OperationLog};
 use coordinator::operation::{self, Connection};
 use uuid::Uuid;
 
@@ -143,12 +143,28 @@ fn show(name: &str, id: Option<Uuid>, json: bool) -> anyhow::Result<u8> {
         text += &format!("  {}  {:<17} {details}\n", clock(entry.at), entry.stage.name());
     }
     if operation.is_open() {
-        text += &format!(
-            "It is open: `tarn op resume {name}` goes on with it, `tarn recover {name}` settles it\n"
-        );
+        text += &format!("It is open: {}\n", operation.what_next(name));
+        text += &held(operation);
     }
     output::print(text)?;
     Ok(0)
+}
+
+/// What of the guest waits for the end of an operation.
+fn held(operation: &OperationLog) -> String {
+    let progress = operation.progress;
+    let (stopped, frozen) = (progress.pause() != Hold::None, progress.freeze() != Hold::None);
+    match (stopped, frozen) {
+        (false, false) => String::new(),
+        (true, false) => "Unless a coordinator has let it go, the VM is stopped until then\n".to_owned(),
+        (false, true) => {
+            "Unless a coordinator or its lease has thawed it, the guest is frozen until then\n".to_owned()
+        }
+        (true, true) => {
+            "Unless a coordinator has let it go, the VM is stopped until then, and its guest frozen\n"
+                .to_owned()
+        }
+    }
 }
 
 fn word(value: impl serde::Serialize) -> String {
