@@ -156,7 +156,11 @@ impl Runner<'_> {
     fn await_pending(&mut self) -> Result<(), Halt> {
         for job in self.jobs_now()? {
             match job.status.as_str() {
-                "ready" => self.orders()?.job("complete", &job.id)?,
+                // Refused if a coordinator that is dead by now has told it: it is ready until its disk has come to rest.
+                "ready" => match self.orders()?.job("complete", &job.id) {
+                    Err(error) if error.refusal().is_none() => return Err(error.into()),
+                    _ => {}
+                },
                 // Told already.
                 "waiting" | "pending" => {}
                 _ => return Err(Halt::Abort(format!("Job '{}' is {}", job.id, job.status))),
