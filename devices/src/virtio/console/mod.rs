@@ -36,6 +36,7 @@
 
 mod control;
 mod port;
+mod spec;
 
 use std::io;
 use std::sync::Arc;
@@ -45,6 +46,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use self::control::Size;
+pub use self::spec::{MAX_NAME, MAX_PORTS, PortSpec, SpecError};
 
 use self::control::{FromGuest, HEADER};
 use self::port::{Port, RxTx};
@@ -56,11 +58,6 @@ const VIRTIO_CONSOLE_F_SIZE: u32 = 0;
 /// There are more ports than the first, and control queues.
 const VIRTIO_CONSOLE_F_MULTIPORT: u32 = 1;
 
-/// The most ports a device can have.
-pub const MAX_PORTS: usize = 31;
-/// The longest name of a port, in bytes: it becomes a file name in the guest.
-pub const MAX_NAME: usize = 255;
-
 /// Linux fills the receive queue of every port with as many pages.
 const DATA_QUEUE_SIZE: u16 = 64;
 const CONTROL_QUEUE_SIZE: u16 = 32;
@@ -68,39 +65,6 @@ const CONTROL_RX: usize = 2;
 const CONTROL_TX: usize = 3;
 /// Control messages handled in one call.
 const CONTROL_BUDGET: u16 = 64;
-
-/// What a port is to be.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct PortSpec {
-    /// The guest finds the port as `/dev/virtio-ports/NAME`. 1 to [`MAX_NAME`] bytes, no `/`, no control
-    /// characters.
-    pub name: Option<String>,
-    /// The port becomes a terminal in the guest (`/dev/hvc0` and up) instead of `/dev/vportNpM`.
-    pub console: bool,
-}
-
-/// Why a console device cannot be built.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum SpecError {
-    /// There must be 1 to [`MAX_PORTS`] ports.
-    #[error("A console device has 1 to {MAX_PORTS} ports, not {count}")]
-    Count {
-        /// How many were asked for.
-        count: usize,
-    },
-    /// The name is empty, too long, or not fit for a file name.
-    #[error("Port name {name:?} is not 1 to {MAX_NAME} bytes without slashes and control characters")]
-    Name {
-        /// The name.
-        name: String,
-    },
-    /// Two ports have the same name.
-    #[error("Port name {name:?} is used twice")]
-    Duplicate {
-        /// The name.
-        name: String,
-    },
-}
 
 /// What has happened on a port, named by its index in the list of [`PortSpec`]s.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

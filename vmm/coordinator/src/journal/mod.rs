@@ -13,6 +13,7 @@
 //! * What a torn write left at the end does not count; damage anywhere else is an error, never skipped.
 //! * A full journal forgets its oldest finished operations.
 
+mod lock;
 mod log;
 mod operation;
 mod plan;
@@ -20,16 +21,15 @@ mod stage;
 #[cfg(test)]
 mod tests;
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{FlockOperation, flock};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
+use self::lock::{Lock, lock};
 use self::log::Log;
 use self::operation::{EPOCH, Folded, Payload};
 use crate::disks::{DisksError, DurableDisks};
@@ -385,11 +385,7 @@ impl Journal {
     /// The lock is still the one that others look at.
     fn check_lock(&self) -> Result<(), JournalError> {
         let path = self.state.lock();
-        if log::is_same_file(&self.lock.0, &path) {
-            Ok(())
-        } else {
-            Err(JournalError::Fenced { path, by: None })
-        }
+        if self.lock.is_at(&path) { Ok(()) } else { Err(JournalError::Fenced { path, by: None }) }
     }
 
     /// Forgets the oldest finished operations until there is room for `count` records, and half of the journal if
@@ -470,42 +466,4 @@ fn fold(records: &[Record], path: &Path) -> Result<Folded, JournalError> {
         let offset = (index * crate::record::RECORD_MAX) as u64;
         JournalError::Damaged { path: path.to_owned(), offset, what }
     })
-}
-
-/// The lock of a state directory; the end of the process, whichever way it comes, lets it go.
-#[derive(Debug)]
-struct Lock(File);
-
-impl Drop for Lock {
-    fn drop(&mut self) {
-        // Closing it would do, were there not processes that this one is just starting: until they execute their
-        // program they have it open, too.
-        let _ = flock(&self.0, FlockOperation::Unlock);
-    }
-}
-
-/// Takes the lock of a state directory.
-fn lock(state: &StateDir) -> Result<Lock, JournalError> {
-    let path = state.lock();
-    let fail = |source| JournalError::File(Role::Journal.failed("lock", &path)(source));
-    loop {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let mut file = options.open(&path).map_err(fail)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                let mut text = String::new();
-                let _ = file.read_to_string(&mut text);
-                let by = text.trim().parse().ok();
-                return Err(JournalError::Locked { vm: state.name().to_owned(), by });
-            }
-            Err(error) => return Err(fail(error.into())),
-        }
-        if log::is_same_file(&file, &path) {
-            // For who is refused; nothing depends on it.
-            let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
-            return Ok(Lock(file));
-        }
-    }
 }
