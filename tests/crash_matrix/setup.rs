@@ -121,7 +121,7 @@ impl Setup {
     }
 
     pub(crate) fn connection(&self) -> Connection {
-        Connection { monitor: self.monitor(), agent: Some(self.agent()) }
+        Connection { monitor: self.monitor(), agent: Some(self.agent()), foreign: false }
     }
 
     /// Half of the runs use io_uring, where the host has it.

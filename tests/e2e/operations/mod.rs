@@ -7,6 +7,7 @@ mod qemu;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
+use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
 use crate::harness::{Lab, Vm, eventually, sha256};
@@ -229,6 +230,15 @@ fn a_coordinator_that_dies_leaves_an_operation_that_is_undone_or_gone_on_with() 
     assert!(!target.exists() && !lab.path("b.raw.stamp").exists());
     assert_eq!(vm.monitor().run("query-jobs"), Value::Array(vec![]));
     assert_eq!(files(&mut vm), std::slice::from_ref(&a));
+
+    // One that is only asked to end does all that by itself.
+    let mut coordinator = coordinate(&lab, &arguments);
+    eventually("mirroring", || (stage(&lab, "crash") == "mirroring").then_some(()));
+    rustix::process::kill_process(Pid::from_child(&coordinator), Signal::INT).unwrap();
+    assert_eq!(coordinator.wait().unwrap().code(), Some(3));
+    assert!(!target.exists() && !lab.path("b.raw.stamp").exists());
+    assert_eq!(json(&lab, &["recover", "crash"])["operation"], Value::Null);
+    assert_eq!(vm.monitor().run("query-jobs"), Value::Array(vec![]));
 
     killed("mirroring");
     let report = json(&lab, &["op", "resume", "crash"]);

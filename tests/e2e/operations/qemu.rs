@@ -52,6 +52,11 @@ fn a_disk_of_stock_qemu_moves_and_a_dead_coordinator_is_recovered_from() {
     let sockets = ["qmp.sock", "agent.sock"].map(|kind| qemu.socket(kind).display().to_string());
 
     let device = onto_a_device(&lab, &mut qemu, &sockets);
+    // It cannot decide by itself, and is not begun to find that out.
+    let refused = super::fails(&lab, &arguments(&["pivot", "q", &to("d0", &lab.path("x.raw"))], &sockets), 1);
+    assert!(refused.contains("`--protocol b` moves its disks"), "{refused}");
+    assert!(!lab.path("x.raw").exists());
+
     let second = lab.path("second.raw");
     let moved = to("d0", &second);
     let report =
@@ -70,6 +75,9 @@ fn a_disk_of_stock_qemu_moves_and_a_dead_coordinator_is_recovered_from() {
     let report = json(&lab, &arguments(&["backup", "q", &to("d0", &copy), "--freeze"], &sockets));
     assert_eq!(report["outcome"], "completed");
     run(std::process::Command::new("fsck.ext4").arg("-fn").arg(&copy));
+
+    json(&lab, &arguments(&["mirror", "q", &to("d0", &lab.path("mirror.raw")), "--pause"], &sockets));
+    assert_eq!(qemu.monitor().status(), "running");
 
     a_coordinator_dies_while_it_copies(&lab, &mut qemu, &sockets, &second);
     // And a client of the old definition: the durable configuration and the stamp know better.
@@ -90,6 +98,11 @@ fn a_coordinator_dies_while_it_copies(lab: &Lab, qemu: &mut Qemu, sockets: &[Str
     eventually("an operation that has begun", || (last() != before).then_some(()));
     coordinator.kill().unwrap();
     coordinator.wait().unwrap();
+    if json(lab, &["op", "show", "q"])["outcome"] == "open" {
+        // QEMU has no lock of that name.
+        let refused = super::fails(lab, &["recover", "q"], 4);
+        assert!(refused.contains(&format!("`tarn recover q --monitor {}", sockets[0])), "{refused}");
+    }
     let recovered = json(lab, &arguments(&["recover", "q"], sockets));
     let outcome = recovered["operation"]["outcome"].as_str().unwrap_or("finished before it died").to_owned();
     let expected = if outcome == "aborted" { current } else { &third };

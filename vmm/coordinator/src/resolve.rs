@@ -194,6 +194,17 @@ pub enum ResolveError {
         /// Why the witness cannot be read.
         source: Option<Box<WitnessError>>,
     },
+    /// A lock says nothing about a VM of another VMM.
+    #[error(
+        "Operation {id} is about a VM of another VMM, which may run: `tarn recover {vm}` asks it. Once it has ended for \
+         certain, the same with --dead settles the operation"
+    )]
+    Foreign {
+        /// The VM, as commands name it.
+        vm: String,
+        /// The operation.
+        id: Uuid,
+    },
     /// The user's choice is not what is written down.
     #[error("Operation {id} is decided: the {} is the disk", decided.name())]
     Decided {
@@ -235,17 +246,23 @@ pub struct Resolution {
 #[derive(Clone, Copy, Debug)]
 pub struct Resolver {
     choice: Option<Side>,
+    foreign_too: bool,
 }
 
 impl Resolver {
     /// One that decides what can be decided.
     pub fn new() -> Self {
-        Self { choice: None }
+        Self { choice: None, foreign_too: false }
     }
 
     /// One that does so with its user's choice where it cannot.
     pub fn choosing(side: Side) -> Self {
-        Self { choice: Some(side) }
+        Self { choice: Some(side), foreign_too: false }
+    }
+
+    /// Also if the VM was [another VMM's](crate::operation::Connection::foreign): its user has made sure that it has ended.
+    pub fn of_any_vmm(self) -> Self {
+        Self { foreign_too: true, ..self }
     }
 
     /// Resolves what the VM has left open. The second time it changes nothing. Without a state directory it looks at
@@ -279,6 +296,9 @@ impl Resolver {
 
     fn resolve(self, journal: &mut Journal, open: &OperationLog) -> Result<Resolved, ResolveError> {
         let (id, plan) = (open.id(), &open.plan);
+        if open.foreign_monitor().is_some() && !self.foreign_too {
+            return Err(ResolveError::Foreign { vm: open.vm_for_commands(journal.state_dir().name()), id });
+        }
         let (witness, error) = Reading::of(plan.witness.as_deref(), &open.operation);
         let decision = decide(open.progress, plan.kind, plan.protocol, witness);
         let side = self.side(decision, journal.state_dir().name(), open, error)?;

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::Context;
 use vmm_sys_util::signal::register_signal_handler;
 
+/// Set once a signal has asked.
 static REQUESTED: AtomicBool = AtomicBool::new(false);
 
 /// From now on the signals only ask.
@@ -22,11 +23,16 @@ extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c
     REQUESTED.store(true, Ordering::Release);
 }
 
+/// Whether a signal has asked to stop.
+pub(super) fn is_requested() -> bool {
+    REQUESTED.load(Ordering::Acquire)
+}
+
 /// A reader or writer that fails once a signal has asked to stop.
 pub(super) struct Interruptible<'a, T: ?Sized>(pub(super) &'a mut T);
 
 fn go_on() -> io::Result<()> {
-    if REQUESTED.load(Ordering::Acquire) { Err(io::Error::other("Interrupted by a signal")) } else { Ok(()) }
+    if is_requested() { Err(io::Error::other("Interrupted by a signal")) } else { Ok(()) }
 }
 
 impl<T: Read + ?Sized> Read for Interruptible<'_, T> {

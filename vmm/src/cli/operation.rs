@@ -37,7 +37,7 @@ pub(super) use self::op::OpArgs;
 pub(super) use self::pivot::PivotArgs;
 pub(super) use self::recover::RecoverArgs;
 use super::vm_name::candidates;
-use super::{FAILURE, output};
+use super::{FAILURE, interrupt, output};
 use crate::run_dir::RunningVm;
 
 pub(super) use self::backup::run as backup;
@@ -76,10 +76,10 @@ impl Target {
 
     fn connection(&self) -> anyhow::Result<Connection> {
         if let Some(monitor) = &self.monitor {
-            return Ok(Connection { monitor: monitor.clone(), agent: self.agent.clone() });
+            return Ok(Connection { monitor: monitor.clone(), agent: self.agent.clone(), foreign: true });
         }
         let vm = RunningVm::open(&self.name)?;
-        Ok(Connection { monitor: vm.monitor_socket(), agent: Some(vm.agent_socket()) })
+        Ok(Connection { monitor: vm.monitor_socket(), agent: Some(vm.agent_socket()), foreign: false })
     }
 
     fn observer(&self) -> Bar {
@@ -193,6 +193,10 @@ impl Observer for Bar {
         }
         bar.set_message(message);
     }
+
+    fn wants_end(&mut self) -> bool {
+        interrupt::is_requested()
+    }
 }
 
 impl Drop for Bar {
@@ -210,8 +214,9 @@ fn short(time: Duration) -> String {
     }
 }
 
-/// Carries an operation out, and says how it went.
+/// Carries an operation out, and says how it went. A signal that would end this process ends the operation, cleanly.
 fn carry_out(target: &Target, request: &Request) -> anyhow::Result<u8> {
+    interrupt::only_ask()?;
     let (state, connection) = (target.state()?, target.connection()?);
     finish(target, coordinator::operation::run(&state, &connection, request, &mut target.observer()))
 }

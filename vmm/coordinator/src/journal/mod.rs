@@ -38,6 +38,7 @@ use crate::failpoint;
 use crate::record::{Operation, Record, TooLong};
 use crate::state_dir::StateDir;
 
+pub(crate) use operation::{AGENT, MONITOR};
 pub use operation::{Consistency, Entry, OperationLog, Outcome};
 pub use plan::{DiskPlan, Displaced, FileId, ImageId, Plan, PlanFlags};
 pub use stage::{Hold, Misplaced, OperationKind, Progress, Protocol, Side, Stage};

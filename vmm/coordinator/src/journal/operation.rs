@@ -8,6 +8,10 @@ use super::plan::Plan;
 use super::stage::{Misplaced, OperationKind, Progress, Side, Stage};
 use crate::record::{Operation, Record};
 
+/// Details of the first entry: the sockets of a VM that is another VMM's.
+pub(crate) const MONITOR: &str = "monitor";
+pub(crate) const AGENT: &str = "agent";
+
 /// What a record says, beside its stage.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -120,6 +124,24 @@ impl OperationLog {
         self.entries.iter().rev().find_map(|entry| entry.details.get(name))
     }
 
+    /// Where the monitor of its VM was, if that is another VMM's: see
+    /// [`Connection::foreign`](crate::operation::Connection::foreign).
+    pub fn foreign_monitor(&self) -> Option<&str> {
+        self.detail(MONITOR).and_then(Value::as_str)
+    }
+
+    /// What commands about it have to be told for `vm`.
+    pub fn vm_for_commands(&self, vm: &str) -> String {
+        let socket = |name| self.detail(name).and_then(Value::as_str);
+        let mut text = vm.to_owned();
+        for (option, socket) in [("--monitor", socket(MONITOR)), ("--agent", socket(AGENT))] {
+            if let Some(socket) = socket {
+                text += &format!(" {option} {socket}");
+            }
+        }
+        text
+    }
+
     /// Whether anything may have been written to its targets.
     pub fn may_have_copied(&self) -> bool {
         self.entry(Stage::Mirroring).is_some()
@@ -151,7 +173,7 @@ impl OperationLog {
 
     /// While it is open: what is known of it, and the commands that go on from here. `vm` is the VM's name.
     pub fn what_next(&self, vm: &str) -> String {
-        let progress = self.progress;
+        let (progress, vm) = (self.progress, self.vm_for_commands(vm));
         let finish = format!("`tarn recover {vm}` finishes it");
         match progress.decision() {
             Some(Side::Target) => format!("its targets are the disks, and {finish}"),

@@ -64,7 +64,7 @@ impl Runner<'_> {
             {
                 return Err(Halt::Abort(ended(job)));
             }
-            self.tell(&jobs);
+            self.tell(&jobs)?;
             if jobs.iter().all(|job| job.status == "ready") {
                 break;
             }
@@ -80,7 +80,7 @@ impl Runner<'_> {
         let (began, mut write_blocking) = (Instant::now(), false);
         loop {
             let jobs = self.jobs_now()?;
-            self.tell(&jobs);
+            self.tell(&jobs)?;
             let longest = jobs.iter().filter_map(|job| job.expected_hold).max().unwrap_or_default();
             if longest <= limit {
                 return Ok(());
@@ -160,7 +160,7 @@ impl Runner<'_> {
     pub(super) fn await_backup(&mut self) -> Result<(), Halt> {
         loop {
             let jobs = self.jobs_now()?;
-            self.tell(&jobs);
+            self.tell(&jobs)?;
             let is_over = |job: &JobNow| job.status == "concluded";
             if let Some(job) = jobs.iter().find(|job| is_over(job) && job.error.is_some()) {
                 return Err(Halt::Abort(ended(job)));
@@ -250,13 +250,22 @@ impl Runner<'_> {
         self.append(Stage::Copied, json!({})).map(drop)
     }
 
-    fn tell(&mut self, jobs: &[JobNow]) {
+    fn tell(&mut self, jobs: &[JobNow]) -> Result<(), Halt> {
         self.observer.copying(&Copying {
             done: jobs.iter().map(|job| job.done).sum(),
             total: jobs.iter().map(|job| job.total).sum(),
             remaining: jobs.iter().filter_map(|job| job.remaining).max(),
             expected_hold: jobs.iter().filter_map(|job| job.expected_hold).max(),
         });
+        self.go_on()
+    }
+
+    /// Unless its user does not want it any more.
+    pub(super) fn go_on(&mut self) -> Result<(), Halt> {
+        if self.observer.wants_end() {
+            return Err(Halt::Abort("It was interrupted by its user".to_owned()));
+        }
+        Ok(())
     }
 }
 

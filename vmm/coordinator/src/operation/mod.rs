@@ -63,6 +63,9 @@ pub struct Connection {
     pub monitor: PathBuf,
     /// Of its guest's agent.
     pub agent: Option<PathBuf>,
+    /// It is another VMM's, such as QEMU's: nobody has a lock of its name while it runs, so only who asks its monitor knows
+    /// that it does. An operation remembers that.
+    pub foreign: bool,
 }
 
 /// Whether a VM runs.
@@ -71,7 +74,7 @@ pub enum Liveness {
     /// It does, and is asked.
     Alive(Connection),
     /// It is proven not to, and stays so: the caller has the lock that its VMM would have. A socket that nobody answers
-    /// proves nothing.
+    /// proves nothing, and neither does the lock if the VM is [foreign](Connection::foreign).
     Dead,
 }
 
@@ -142,7 +145,7 @@ impl Recovery {
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let run = std::path::Path::new("/run/tarn/db");
-/// let vm = Connection { monitor: run.join("monitor.sock"), agent: Some(run.join("agent.sock")) };
+/// let vm = Connection { monitor: run.join("monitor.sock"), agent: Some(run.join("agent.sock")), foreign: false };
 /// let request = Request { freeze: true, ..Request::pivot([("disk0", "/images/new.raw")]) };
 /// let report = operation::run(&StateDir::of("db")?, &vm, &request, &mut Silent)?;
 /// println!("{:?}, held for {:?}", report.consistency, report.timeline.held);

@@ -26,6 +26,10 @@ pub trait Observer {
     fn stage(&mut self, id: Uuid, stage: Stage);
     /// How far the copy is.
     fn copying(&mut self, copying: &Copying);
+    /// Whether its user wants it to end: it is undone, unless it is decided, or about to be.
+    fn wants_end(&mut self) -> bool {
+        false
+    }
 }
 
 /// Listens to nothing.

@@ -15,7 +15,7 @@ use crate::chain;
 use crate::device::{self, Keeps};
 use crate::durable::{self, DurableError};
 use crate::journal::{
-    self, DiskPlan, ImageId, Journal, OperationKind, OperationLog, Plan, PlanFlags, Protocol,
+    self, AGENT, DiskPlan, ImageId, Journal, MONITOR, OperationKind, OperationLog, Plan, PlanFlags, Protocol,
     new_operation_id,
 };
 use crate::state_dir::StateDir;
@@ -171,6 +171,7 @@ pub(super) fn begin<'a>(
         return refuse(is_open(state, open));
     }
     let mut vm = VmSession::connect(&connection.monitor)?;
+    let protocol = protocol_of(&mut vm, request)?;
     let now = vm.disks()?;
     let disks = plan_all(&now, request).map_err(OperationError::Refused)?;
     let journal = Journal::open(state)?;
@@ -180,10 +181,10 @@ pub(super) fn begin<'a>(
     try_targets(&mut vm, &now, &disks)?;
     let id =
         new_operation_id().map_err(|error| OperationError::Refused(format!("No random numbers: {error}")))?;
-    let is_a = request.kind == OperationKind::Pivot && request.protocol == Protocol::A;
+    let is_a = request.kind == OperationKind::Pivot && protocol == Protocol::A;
     let plan = Plan {
         kind: request.kind,
-        protocol: request.protocol,
+        protocol,
         disks,
         witness: is_a.then(|| state.witness(id)),
         flags: PlanFlags {
@@ -196,7 +197,28 @@ pub(super) fn begin<'a>(
     if request.kind == OperationKind::Pivot {
         runner.warnings = plan.disks.iter().flat_map(|disk| doubts(&now, disk)).collect();
     }
-    Ok((runner, plan, request.settings.details()))
+    let mut details = request.settings.details();
+    if connection.foreign {
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        details.insert(MONITOR.into(), absolute(&connection.monitor).to_string_lossy().into());
+        if let Some(agent) = &connection.agent {
+            details.insert(AGENT.into(), absolute(agent).to_string_lossy().into());
+        }
+    }
+    Ok((runner, plan, details))
+}
+
+/// Who decides. A VM that knows no operations cannot; where there is nothing to decide it makes no difference.
+fn protocol_of(vm: &mut VmSession, request: &Request) -> Result<Protocol, OperationError> {
+    if request.protocol == Protocol::B || vm.knows("tarn-pivot")? {
+        return Ok(request.protocol);
+    }
+    if request.kind == OperationKind::Pivot {
+        let text = "The VM cannot decide a pivot by itself, as those of Tarn can: it has no command tarn-pivot. \
+                    `--protocol b` moves its disks";
+        return Err(OperationError::Refused(text.to_owned()));
+    }
+    Ok(Protocol::B)
 }
 
 fn is_open(state: &StateDir, open: &OperationLog) -> String {

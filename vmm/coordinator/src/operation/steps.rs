@@ -124,7 +124,7 @@ impl<'a> Runner<'a> {
 
     pub(super) fn abort(self) -> Result<Recovery, OperationError> {
         if self.progress().decision() == Some(Side::Target) {
-            let vm = self.journal.state_dir().name();
+            let vm = self.vm_for_commands();
             let text = format!(
                 "Operation {} is decided: its targets are the disks. `tarn recover {vm}` finishes it",
                 self.id
@@ -132,7 +132,7 @@ impl<'a> Runner<'a> {
             return Err(OperationError::Refused(text));
         }
         if self.progress().is_copied() {
-            let vm = self.journal.state_dir().name();
+            let vm = self.vm_for_commands();
             let text =
                 format!("The copies of operation {} are complete: `tarn recover {vm}` finishes it", self.id);
             return Err(OperationError::Refused(text));
@@ -213,7 +213,8 @@ impl<'a> Runner<'a> {
             (Some(Side::Target), _) => return self.finalize_all(),
             (Some(Side::Source), _) => return self.conclude_source(),
             (None, _) if progress.is_intended() => return self.decide_further(),
-            (None, _) => {}
+            (None, _) if progress.is_copied() || progress.is_ending() => {}
+            (None, _) => self.go_on()?,
         }
         match kind {
             _ if progress.is_copied() => self.conclude_copy(),
@@ -278,6 +279,10 @@ impl Runner<'_> {
     pub(super) fn log(&self) -> OperationLog {
         let found = self.journal.operations().iter().rev().find(|operation| operation.id() == self.id);
         found.cloned().unwrap_or_else(|| unreachable!("an operation that has begun is in its journal"))
+    }
+
+    fn vm_for_commands(&self) -> String {
+        self.log().vm_for_commands(self.journal.state_dir().name())
     }
 
     pub(super) fn progress(&self) -> Progress {

@@ -95,6 +95,12 @@ impl VmSession {
         self.session.next_event(limit).map(drop)
     }
 
+    /// Whether it has a command.
+    pub(super) fn knows(&mut self, command: &str) -> Result<bool, SessionError> {
+        let commands = self.ask("query-commands", Value::Null)?;
+        Ok(commands.as_array().is_some_and(|all| all.iter().any(|known| known["name"] == command)))
+    }
+
     pub(super) fn is_running(&mut self) -> Result<bool, SessionError> {
         Ok(self.ask("query-status", Value::Null)?["running"] == true)
     }

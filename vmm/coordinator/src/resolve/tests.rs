@@ -340,6 +340,23 @@ fn a_target_that_was_there_has_the_stamp_it_had_until_it_is_copied_to() {
 }
 
 #[test]
+fn a_lock_does_not_prove_that_the_vm_of_another_vmm_has_ended() {
+    let lab = Lab::new();
+    let mut journal = Journal::open(&lab.state).unwrap();
+    let sockets = json!({"monitor": "/run/q.sock", "agent": "/run/a.sock"});
+    journal.begin(ID, &lab.plan(OperationKind::Pivot, Protocol::B), details(sockets)).unwrap();
+    drop(journal);
+    let refused = Resolver::new().run(&lab.state).unwrap_err().to_string();
+    assert!(
+        refused.contains("`tarn recover web --monitor /run/q.sock --agent /run/a.sock` asks it"),
+        "{refused}"
+    );
+    assert!(operations(&lab.state).unwrap().last().unwrap().is_open(), "nothing has changed");
+    let resolved = Resolver::new().of_any_vmm().run(&lab.state).unwrap().resolved.unwrap();
+    assert_eq!(resolved.side, Side::Source);
+}
+
+#[test]
 fn what_cannot_be_told_is_refused_with_the_commands_that_decide_it() {
     for (reading, words) in [
         (Reading::Absent, "the witness that would say so has been removed"),

@@ -94,6 +94,7 @@ impl Vm {
         let connection = Connection {
             monitor: run.join("monitor.sock"),
             agent: options.expects_agent().then(|| run.join("agent.sock")),
+            foreign: false,
         };
         let mut vm = Self { name, connection, state, process: Some(process) };
         vm.wait_until_ready(options)?;
@@ -116,7 +117,7 @@ impl Vm {
         let state = StateDir::of(name)?;
         let run = run_base().join(name);
         let agent = Some(run.join("agent.sock"));
-        Self::attach_to(Connection { monitor: run.join("monitor.sock"), agent }, state)
+        Self::attach_to(Connection { monitor: run.join("monitor.sock"), agent, foreign: false }, state)
     }
 
     /// A VM that runs already, by its sockets: of another directory, or of QEMU.
@@ -126,7 +127,8 @@ impl Vm {
     /// use coordinator::{StateDir, Vm};
     ///
     /// # fn main() -> Result<(), coordinator::VmError> {
-    /// let sockets = Connection { monitor: "/run/qemu/qmp.sock".into(), agent: Some("/run/qemu/qga.sock".into()) };
+    /// let (monitor, agent) = ("/run/qemu/qmp.sock".into(), Some("/run/qemu/qga.sock".into()));
+    /// let sockets = Connection { monitor, agent, foreign: true };
     /// let vm = Vm::attach_to(sockets, StateDir::of("qemu-web")?)?;
     /// vm.pause()?;
     /// # Ok(())
@@ -500,7 +502,7 @@ mod tests {
     #[test]
     fn a_vm_of_somebody_else_is_not_killed() {
         let server = crate::testing::Server::start(|client| client.negotiate());
-        let connection = Connection { monitor: server.path().to_owned(), agent: None };
+        let connection = Connection { monitor: server.path().to_owned(), agent: None, foreign: true };
         let state = StateDir::below(Path::new("/nonexistent"), "other").unwrap();
         let mut vm = Vm::attach_to(connection, state).unwrap();
         assert!(matches!(vm.kill(), Err(VmError::NotOurs { .. })));

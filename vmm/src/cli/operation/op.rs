@@ -9,7 +9,7 @@ use coordinator::journal::{self, Hold, OperationLog};
 use coordinator::operation::{self, Connection};
 use uuid::Uuid;
 
-use super::super::output;
+use super::super::{interrupt, output};
 use super::{Target, bytes, fail, finish, known_vms, tell_recovery};
 
 /// List, show, go on with, or end operations on disks
@@ -54,6 +54,7 @@ pub(in super::super) fn run(args: &OpArgs) -> anyhow::Result<u8> {
         OpVerb::List { name, json } => list(name.as_deref(), *json),
         OpVerb::Show { name, id, json } => show(name, *id, *json),
         OpVerb::Resume(target) => {
+            interrupt::only_ask()?;
             let (state, vm) = (target.state()?, running(target)?);
             finish(target, operation::resume(&state, &vm, &mut target.observer()))
         }

@@ -14,6 +14,8 @@ use super::{Disks, Target, carry_out, duration, protocol};
 /// this process, the VM or the machine dies at any point, `tarn run` and `tarn recover` still know which image is the
 /// disk. The former images are stamped, so that nobody boots one by mistake.
 ///
+/// SIGINT, SIGTERM and SIGHUP undo what is not decided yet.
+///
 /// Exit status: 0 done, 1 refused before anything changed, 3 aborted and everything as before, 4 not settled.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  tarn pivot web disk0=/fast/root.raw\n  \

@@ -46,13 +46,14 @@ pub(in super::super) fn run(args: &RecoverArgs) -> anyhow::Result<u8> {
             Err(error) => return Err(error.into()),
         },
     };
-    let dead = args.dead || lock.is_some();
-    if let (Some(side), true) = (args.side, dead) {
-        let side = match side {
-            ChosenSide::Source => Side::Source,
-            ChosenSide::Target => Side::Target,
+    if args.dead || lock.is_some() {
+        let resolver = match args.side {
+            Some(ChosenSide::Source) => Resolver::choosing(Side::Source),
+            Some(ChosenSide::Target) => Resolver::choosing(Side::Target),
+            None => Resolver::new(),
         };
-        return match Resolver::choosing(side).run(&state) {
+        let resolver = if args.dead { resolver.of_any_vmm() } else { resolver };
+        return match resolver.run(&state) {
             Ok(resolution) => tell_recovery(target, &operation::resolved(resolution)),
             Err(error) => fail(target, error.into()),
         };
@@ -61,8 +62,7 @@ pub(in super::super) fn run(args: &RecoverArgs) -> anyhow::Result<u8> {
         output::complain("the VM runs, and is asked: --use is for one that does not");
         return Ok(super::FAILURE);
     }
-    let liveness = if dead { Liveness::Dead } else { Liveness::Alive(target.connection()?) };
-    match operation::recover(&state, &liveness, &mut target.observer()) {
+    match operation::recover(&state, &Liveness::Alive(target.connection()?), &mut target.observer()) {
         Ok(recovery) => tell_recovery(target, &recovery),
         Err(error) => fail(target, error),
     }
