@@ -75,6 +75,14 @@ pub enum SessionError {
         /// In the server's words.
         source: protocol::Error,
     },
+    /// The guest agent does not do this while filesystems are frozen.
+    #[error("The guest agent refused {command}: the guest's filesystems are frozen; `tarn thaw` ends that")]
+    Frozen {
+        /// What was asked.
+        command: String,
+        /// In the agent's words, which name another reason, or none.
+        refusal: protocol::Error,
+    },
     /// Bytes that are no message.
     #[error("The {peer} sent something that is not JSON")]
     NotJson {
@@ -108,7 +116,7 @@ impl SessionError {
     /// A refusal's own words, if it is one.
     pub fn refusal(&self) -> Option<&protocol::Error> {
         match self {
-            Self::Refused { source, .. } => Some(source),
+            Self::Refused { source: refusal, .. } | Self::Frozen { refusal, .. } => Some(refusal),
             _ => None,
         }
     }

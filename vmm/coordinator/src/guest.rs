@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use protocol::{Handshake, Item, Map, Progress, Reply, request_line};
+use protocol::{Error, ErrorClass, Handshake, Item, Map, Progress, Reply, request_line};
 use serde_json::Value;
 
 use crate::connection::{Connection, Deadline};
@@ -22,6 +22,8 @@ const FIRST_ATTEMPT: Duration = Duration::from_secs(4);
 /// And after an attempt was answered with an error, by the broker or by an agent of the old school.
 const AFTER_ERROR: Duration = Duration::from_millis(5);
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(32);
+/// How long an agent may take to say whether filesystems are frozen.
+const WHETHER_FROZEN: Duration = Duration::from_secs(60);
 
 /// A connection to a guest agent.
 #[derive(Debug)]
@@ -92,9 +94,45 @@ impl GuestSession {
     /// Runs a command and waits for its result; gets in step first where that is needed.
     ///
     /// # Errors
-    /// [`SessionError::Refused`] with the agent's words; a timeout, after which the session stays usable; or the end
-    /// of the connection.
+    /// [`SessionError::Refused`] with the agent's words; [`SessionError::Frozen`] if a freeze is why; a timeout, after
+    /// which the session stays usable; or the end of the connection.
     pub fn execute(
+        &mut self,
+        command: &str,
+        arguments: Option<Map>,
+        timeout: Duration,
+    ) -> Result<Value, SessionError> {
+        match self.ask(command, arguments, timeout) {
+            Err(SessionError::Refused { command, source, .. })
+                if Self::is_disabled(&source) && self.is_frozen(&source) =>
+            {
+                Err(SessionError::Frozen { command, refusal: source })
+            }
+            result => result,
+        }
+    }
+
+    pub(crate) fn is_disabled(refusal: &Error) -> bool {
+        refusal.class == ErrorClass::CommandNotFound && refusal.desc.contains("disabled")
+    }
+
+    /// Whether a freeze is why a command is disabled. qemu-ga says so up to 9.0; after that one has to ask. Tarn's agent is
+    /// not asked by guest-fsfreeze-status, which would renew a lease that is not ours.
+    fn is_frozen(&mut self, refusal: &Error) -> bool {
+        if refusal.desc.contains("frozen") {
+            return true;
+        }
+        match self.ask("tarn-fsfreeze-report", None, WHETHER_FROZEN) {
+            Ok(report) => report["state"] != "thawed",
+            Err(SessionError::Refused { .. }) => {
+                let status = self.ask("guest-fsfreeze-status", None, WHETHER_FROZEN);
+                status.is_ok_and(|status| status == "frozen")
+            }
+            Err(_) => false,
+        }
+    }
+
+    fn ask(
         &mut self,
         command: &str,
         arguments: Option<Map>,
@@ -234,6 +272,24 @@ mod tests {
         session.wait_for_agent(SOON).unwrap();
         assert!(matches!(session.execute("guest-slow", None, BRIEF), Err(SessionError::Timeout { .. })));
         assert_eq!(session.execute("guest-ping", None, SOON).unwrap(), json!("on time"));
+    }
+
+    #[test]
+    fn a_guest_that_is_frozen_already_is_said_to_be() {
+        let server = Server::start(|client| {
+            client.synchronise();
+            client.request("guest-fsfreeze-freeze");
+            let desc = "Command guest-fsfreeze-freeze has been disabled: the command is not allowed";
+            client.send(json!({"error": {"class": "CommandNotFound", "desc": desc}}));
+            client.request("tarn-fsfreeze-report");
+            client.send(json!({"return": {"state": "frozen"}}));
+        });
+        let mut session = GuestSession::connect(server.path()).unwrap();
+        let error = session.execute("guest-fsfreeze-freeze", None, SOON).unwrap_err();
+        assert!(error.refusal().unwrap().desc.contains("disabled"));
+        let expected = "The guest agent refused guest-fsfreeze-freeze: the guest's filesystems are frozen; `tarn thaw` \
+                        ends that";
+        assert_eq!(crate::chain(&error), expected);
     }
 
     #[test]

@@ -174,7 +174,11 @@ fn answer(session: &mut impl Interlocutor, line: &str, status: &mut u8) -> anyho
             output::print_json(&value)?;
             return if ends { Ok(ControlFlow::Break(())) } else { events.map(ControlFlow::Continue) };
         }
-        Err(error @ (SessionError::Refused { .. } | SessionError::Timeout { .. })) => {
+        Err(
+            error @ (SessionError::Refused { .. }
+            | SessionError::Frozen { .. }
+            | SessionError::Timeout { .. }),
+        ) => {
             output::complain(&format!("{:#}", anyhow::Error::new(error)));
         }
         Err(error) => return Err(error.into()),

@@ -126,7 +126,7 @@ fn send(
         Ok(arrived) if arrived != sent => {
             Err(CopyError::Length { path: "the file".into(), expected: sent, arrived })
         }
-        Err(SessionError::Refused { .. }) | Ok(_) => Ok(sent),
+        Err(SessionError::Refused { .. } | SessionError::Frozen { .. }) | Ok(_) => Ok(sent),
         Err(error) => Err(error.into()),
     }
 }
@@ -181,7 +181,7 @@ fn receive(
 /// The file's size; `None` of what has none (a pipe, or a file of the kernel's, which says 0).
 fn size(session: &mut GuestSession, handle: i64) -> Result<Option<u64>, SessionError> {
     match position(session, handle, 0, 2) {
-        Ok(0) | Err(SessionError::Refused { .. }) => Ok(None),
+        Ok(0) | Err(SessionError::Refused { .. } | SessionError::Frozen { .. }) => Ok(None),
         Ok(size) => {
             position(session, handle, 0, 0)?;
             Ok(Some(size))

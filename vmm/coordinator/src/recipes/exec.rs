@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use base64::prelude::{BASE64_STANDARD, Engine};
 use serde_json::{Value, json};
 
-use crate::{ErrorClass, GuestSession, Map, Peer, SessionError};
+use crate::{GuestSession, Map, Peer, SessionError};
 
 /// First and longest pause between two questions whether the command has ended. Nothing else tells of its end.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -135,7 +135,9 @@ pub fn exec(
 ) -> Result<ExecStatus, ExecError> {
     let began = Instant::now();
     let pid = match start(session, request) {
-        Err(source) if is_disabled(&source) && is_frozen(session, &source) => {
+        Err(SessionError::Frozen { command, refusal }) => {
+            // The one reason is told once.
+            let source = SessionError::Refused { peer: Peer::Agent, command, source: refusal };
             return Err(ExecError::Frozen { path: request.path.clone(), source });
         }
         pid => pid?,
@@ -191,10 +193,10 @@ fn poll(session: &mut GuestSession, pid: i64, limit: Duration) -> Result<Option<
     let arguments = Map::from_iter([("pid".to_owned(), json!(pid))]);
     let reply = match session.execute(COMMAND, Some(arguments.clone()), limit) {
         // Someone has frozen the filesystems: the answer comes after the thaw, which may have been just now.
-        Err(error) if is_disabled(&error) => match is_frozen(session, &error) {
-            true => return Ok(None),
-            false => session.execute(COMMAND, Some(arguments), limit)?,
-        },
+        Err(SessionError::Frozen { .. }) => return Ok(None),
+        Err(error) if error.refusal().is_some_and(GuestSession::is_disabled) => {
+            session.execute(COMMAND, Some(arguments), limit)?
+        }
         // Out of time is for the caller to tell.
         Err(SessionError::Timeout { .. }) => return Ok(None),
         reply => reply?,
@@ -203,27 +205,6 @@ fn poll(session: &mut GuestSession, pid: i64, limit: Duration) -> Result<Option<
         Some(true) => Ok(Some(reply)),
         Some(false) => Ok(None),
         None => Err(SessionError::unexpected(Peer::Agent, COMMAND, &reply)),
-    }
-}
-
-fn is_disabled(error: &SessionError) -> bool {
-    error.refusal().is_some_and(|refusal| {
-        refusal.class == ErrorClass::CommandNotFound && refusal.desc.contains("disabled")
-    })
-}
-
-/// Whether a freeze is why a command is disabled. qemu-ga says so up to 9.0; after that one has to ask. Tarn's agent is not
-/// asked by guest-fsfreeze-status, which would renew a lease that is not ours.
-fn is_frozen(session: &mut GuestSession, error: &SessionError) -> bool {
-    if error.refusal().is_some_and(|refusal| refusal.desc.contains("frozen")) {
-        return true;
-    }
-    match session.execute("tarn-fsfreeze-report", None, START) {
-        Ok(report) => report["state"] != "thawed",
-        Err(SessionError::Refused { .. }) => {
-            session.execute("guest-fsfreeze-status", None, START).is_ok_and(|status| status == "frozen")
-        }
-        Err(_) => false,
     }
 }
 

@@ -7,30 +7,30 @@ use std::process::ExitStatus;
 use crate::operation::OperationError;
 use crate::recipes::{CopyError, ExecError, ExecStatus};
 use crate::state_dir::StateDirError;
-use crate::{Peer, SessionError};
+use crate::{Peer, SessionError, chain};
 
-/// Why a VM has not done what was asked.
+/// Why a VM has not done what was asked. A test that fails prints it as one text, so that has the causes in it.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
     /// No process.
     #[error(
-        "Cannot start {binary:?}; is it installed and in PATH? VmOptions::binary takes the path of another one"
+        "Cannot start {binary:?}: {cause}; is it installed and in PATH? VmOptions::binary takes the path of another one"
     )]
     Start {
         /// What was started.
         binary: PathBuf,
         /// Why not.
-        source: io::Error,
+        cause: io::Error,
     },
     /// A file on this side.
-    #[error("Cannot {verb} {path:?}")]
+    #[error("Cannot {verb} {path:?}: {cause}")]
     File {
         /// What was tried.
         verb: &'static str,
         /// With what.
         path: PathBuf,
         /// Why not.
-        source: io::Error,
+        cause: io::Error,
     },
     /// It is not there any more.
     #[error("VM {name} has ended ({status}); {log:?} ends in:\n{tail}")]
@@ -94,25 +94,74 @@ pub enum VmError {
         message: String,
     },
     /// Its monitor or agent.
-    #[error(transparent)]
-    Session(#[from] SessionError),
+    #[error("{}", chain(.0))]
+    Session(SessionError),
     /// A command in the guest whose end is not known.
-    #[error(transparent)]
-    Exec(#[from] ExecError),
+    #[error("{}", chain(.0))]
+    Exec(ExecError),
     /// A file that was not copied.
-    #[error(transparent)]
-    Copy(#[from] CopyError),
+    #[error("{}", chain(.0))]
+    Copy(CopyError),
     /// A pivot, mirror or backup.
-    #[error(transparent)]
-    Operation(#[from] OperationError),
+    #[error("{}", chain(.0))]
+    Operation(OperationError),
     /// Where its journal is.
-    #[error(transparent)]
-    State(#[from] StateDirError),
+    #[error("{}", chain(.0))]
+    State(StateDirError),
+}
+
+impl From<SessionError> for VmError {
+    fn from(error: SessionError) -> Self {
+        Self::Session(error)
+    }
+}
+
+impl From<ExecError> for VmError {
+    fn from(error: ExecError) -> Self {
+        Self::Exec(error)
+    }
+}
+
+impl From<CopyError> for VmError {
+    fn from(error: CopyError) -> Self {
+        Self::Copy(error)
+    }
+}
+
+impl From<OperationError> for VmError {
+    fn from(error: OperationError) -> Self {
+        Self::Operation(error)
+    }
+}
+
+impl From<StateDirError> for VmError {
+    fn from(error: StateDirError) -> Self {
+        Self::State(error)
+    }
 }
 
 fn no_agent(peer: Peer) -> &'static str {
     match peer {
         Peer::Agent => ", VmOptions::without_agent does not wait for one",
         Peer::Monitor => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cause_is_told_and_told_once() {
+        let source = protocol::Error {
+            class: protocol::ErrorClass::GenericError,
+            desc: "no filesystem can be frozen".into(),
+        };
+        let command = "guest-fsfreeze-freeze".to_owned();
+        let error = VmError::from(SessionError::Refused { peer: Peer::Agent, command, source });
+        let expected = "The guest agent refused guest-fsfreeze-freeze: no filesystem can be frozen";
+        assert_eq!((error.to_string().as_str(), chain(&error).as_str()), (expected, expected));
+        let error = VmError::File { verb: "open", path: "/x".into(), cause: io::ErrorKind::NotFound.into() };
+        assert_eq!(chain(&error), "Cannot open \"/x\": entity not found");
     }
 }

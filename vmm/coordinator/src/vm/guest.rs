@@ -133,5 +133,5 @@ impl Guest {
 
 pub(super) fn file(verb: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> VmError + use<> {
     let path = path.to_owned();
-    move |source| VmError::File { verb, path, source }
+    move |cause| VmError::File { verb, path, cause }
 }

@@ -449,8 +449,8 @@ fn recover_dead(process: &Process, state: &StateDir) -> Result<Recovery, VmError
     Ok(Recovery { operation, found, story: lines("story"), warnings: lines("warnings") })
 }
 
-fn waiting(name: &str, source: std::io::Error) -> VmError {
-    VmError::File { verb: "wait for VM", path: name.into(), source }
+fn waiting(name: &str, cause: std::io::Error) -> VmError {
+    VmError::File { verb: "wait for VM", path: name.into(), cause }
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ impl Process {
         let log_start = log.metadata().map_err(file("examine", &options.log_file()))?.len();
         let mut command = options.command(options.arguments());
         command.stdin(Stdio::null()).stdout(console).stderr(log);
-        let start = |source| VmError::Start { binary: options.program().to_owned(), source };
+        let start = |cause| VmError::Start { binary: options.program().to_owned(), cause };
         let mut child = command.spawn().map_err(start)?;
         // It cannot be anybody else: the child is not reaped before this.
         match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
