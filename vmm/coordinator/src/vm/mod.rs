@@ -265,7 +265,15 @@ impl Vm {
         Ok(())
     }
 
-    /// Carries out a pivot, mirror or backup as the request says.
+    /// Targets as they are meant: relative ones are below the directory that the VM was launched in, as its disks are.
+    fn below_directory(&self, disks: &[(String, PathBuf)]) -> Vec<(String, PathBuf)> {
+        let directory = self.process.as_ref().map(|process| process.options.directory());
+        let place = |path: &PathBuf| directory.map_or_else(|| path.clone(), |directory| directory.join(path));
+        disks.iter().map(|(disk, target)| (disk.clone(), place(target))).collect()
+    }
+
+    /// Carries out a pivot, mirror or backup as the request says. Relative targets are below the VM's directory, if it was
+    /// launched here.
     ///
     /// ```no_run
     /// use coordinator::operation::Request;
@@ -282,10 +290,12 @@ impl Vm {
     /// # Errors
     /// [`OperationError`]: refused, aborted, or not settled.
     pub fn operate(&self, request: &Request) -> Result<Report, VmError> {
-        Ok(operation::run(&self.state, &self.connection, request, &mut Silent)?)
+        let request = Request { disks: self.below_directory(&request.disks), ..request.clone() };
+        Ok(operation::run(&self.state, &self.connection, &request, &mut Silent)?)
     }
 
-    /// Moves disks, by id, to other images: all or none.
+    /// Moves disks, by id, to other images, all or none; relative ones are below the VM's directory, as in
+    /// [`operate`](Self::operate).
     ///
     /// ```no_run
     /// # fn main() -> Result<(), coordinator::VmError> {
@@ -472,7 +482,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let options = stand_in(directory.path(), "echo \"no disk for $*\" >&2; exit 1").disk("x.raw");
         let error = Vm::launch(&options).unwrap_err().to_string();
-        assert!(error.ends_with("no disk for run --name vm --disk x.raw"), "{error}");
+        assert!(
+            error.contains("no disk for run --name vm --disk path=/") && error.ends_with("/x.raw"),
+            "{error}"
+        );
         assert!(error.starts_with("VM vm has ended (exit status: 1)"), "{error}");
         // The log is kept, and only this launch's part of it is told.
         let again = stand_in(directory.path(), "echo again >&2; exit 2");

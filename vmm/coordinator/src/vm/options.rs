@@ -1,6 +1,7 @@
 //! What to start: the arguments of `tarn run`, and where its files go.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -26,10 +27,10 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// use coordinator::VmOptions;
 ///
 /// let options = VmOptions::new("db", "/var/tmp/db-test")
-///     .disk("/var/tmp/db-test/data.raw,id=data")
+///     .disk("data.raw,id=data")
 ///     .mount("data", "/data", "ext4")
 ///     .memory("1G");
-/// let flags = "--disk /var/tmp/db-test/data.raw,id=data --mount data:/data:ext4 --memory 1G";
+/// let flags = "--disk path=/var/tmp/db-test/data.raw,id=data --mount data:/data:ext4 --memory 1G";
 /// assert_eq!(options.arguments().join(" ".as_ref()), format!("run --name db {flags}").as_str());
 /// ```
 #[derive(Clone, Debug)]
@@ -89,10 +90,23 @@ impl VmOptions {
         self
     }
 
-    /// One more disk, as `tarn run --disk` takes it: `PATH` or `PATH,id=…,ro,…`.
+    /// One more disk, as `tarn run --disk` takes it: `PATH` or `PATH,id=…,ro,…`. A relative path is one below the VM's
+    /// directory.
     #[must_use]
     pub fn disk(self, disk: impl AsRef<Path>) -> Self {
-        self.flag("--disk", disk.as_ref().as_os_str())
+        let disk = disk.as_ref().as_os_str().as_bytes();
+        let path = disk.strip_prefix(b"path=").unwrap_or(disk);
+        if path.starts_with(b"/") {
+            return self.flag("--disk", OsStr::from_bytes(disk));
+        }
+        // What a comma is in a path: two.
+        let mut below = Vec::new();
+        for &byte in self.directory.as_os_str().as_bytes() {
+            below.extend_from_slice(if byte == b',' { b",," } else { std::slice::from_ref(&byte) });
+        }
+        // As the long form: it does not matter then what a path looks like.
+        let below = [b"path=", below.as_slice(), b"/", path].concat();
+        self.flag("--disk", OsString::from_vec(below))
     }
 
     /// Mounts a disk, by its id or guest device, in the guest image.
@@ -208,5 +222,23 @@ impl VmOptions {
             command.env("TARN_GUEST_IMAGE", image);
         }
         command
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_relative_disk_is_in_the_vms_directory() {
+        let disk = |directory: &str, disk: &str| {
+            let arguments = VmOptions::new("vm", directory).disk(disk).arguments();
+            arguments.last().and_then(|last| last.to_str().map(str::to_owned)).unwrap()
+        };
+        assert_eq!(disk("/tests/db", "data.raw,id=data"), "path=/tests/db/data.raw,id=data");
+        assert_eq!(disk("/tests/a,b", "path=data,,1.raw"), "path=/tests/a,,b/data,,1.raw");
+        for absolute in ["/images/data.raw,ro", "path=/images/data.raw"] {
+            assert_eq!(disk("/tests/db", absolute), absolute);
+        }
     }
 }
