@@ -17,7 +17,7 @@ fn a_users_test_freezes_pivots_and_crashes_a_vm_and_finds_its_data() {
     let options = VmOptions::new("library", lab.path(""))
         .binary(TARN)
         .guest_image(guest_image(""))
-        .disk(format!("{},id=data", disk.display()))
+        .disk("data.raw,id=data")
         .mount("data", "/data", "ext4")
         .patience(limit());
     let mut vm = Vm::launch(&options).unwrap();
@@ -55,7 +55,7 @@ fn a_users_test_freezes_pivots_and_crashes_a_vm_and_finds_its_data() {
     vm.pause().unwrap();
     vm.resume().unwrap();
     vm.backup([("data", lab.path("backup.raw"))]).unwrap();
-    let report = vm.operate(&Request { freeze: true, ..Request::pivot([("data", &target)]) }).unwrap();
+    let report = vm.operate(&Request { freeze: true, ..Request::pivot([("data", "new.raw")]) }).unwrap();
     assert_eq!((report.outcome, report.consistency), (Outcome::Pivoted, Consistency::Filesystem));
     assert!(report.timeline.held.is_some_and(|held| held < LEASE), "{report:?}");
     assert!(vm.recover().unwrap().operation.is_none());
