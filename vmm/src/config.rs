@@ -93,8 +93,11 @@ fn default_cpus() -> u8 {
     1
 }
 
+/// How long a freeze outlives the client that made it, in seconds, unless `--thaw-grace` says otherwise.
+pub const THAW_GRACE: u32 = 60;
+
 fn default_thaw_grace() -> u32 {
-    60
+    THAW_GRACE
 }
 
 /// How the kernel is entered.

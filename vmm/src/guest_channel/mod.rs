@@ -78,7 +78,7 @@ pub struct ChannelConfig {
 impl Default for ChannelConfig {
     fn default() -> Self {
         Self {
-            thaw_grace: Some(Duration::from_secs(60)),
+            thaw_grace: Some(Duration::from_secs(crate::config::THAW_GRACE.into())),
             hold: Duration::from_secs(30),
             timeout: Duration::from_secs(60),
             freeze_timeout: Duration::from_secs(60 * 60),
