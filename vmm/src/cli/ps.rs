@@ -4,11 +4,13 @@ use std::fmt::Write;
 use std::time::{Duration, SystemTime};
 
 use clap::Args;
-use coordinator::{MonitorSession, SessionError};
+use coordinator::disks::DurableDisks;
+use coordinator::{MonitorSession, SessionError, StateDir};
 use serde::Serialize;
+use serde_json::Value;
 
 use super::output;
-use crate::config::format_size;
+use crate::config::{DiskSpec, format_size};
 use crate::run_dir::RunningVm;
 
 /// How long a monitor may take. One that hangs must not hide the others.
@@ -18,6 +20,8 @@ const HUNG: &str = "not responding";
 const STARTING: &str = "starting";
 
 /// List the running VMs
+///
+/// With the images that their disks have now: those that a pivot moved them to, if one did.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  tarn ps --json")]
 pub(super) struct PsArgs {
@@ -56,9 +60,15 @@ pub(super) fn run(args: &PsArgs) -> anyhow::Result<u8> {
 
 /// `None` when it has ended meanwhile.
 fn row(vm: &RunningVm) -> Option<Row> {
-    let state = MonitorSession::connect(&vm.monitor_socket(), PATIENCE)
-        .and_then(|mut monitor| monitor.execute("query-status", None, PATIENCE))
-        .map(|status| status["status"].as_str().unwrap_or("unknown").to_owned());
+    let asked = MonitorSession::connect(&vm.monitor_socket(), PATIENCE).and_then(|mut monitor| {
+        let status = monitor.execute("query-status", None, PATIENCE)?;
+        let state = status["status"].as_str().unwrap_or("unknown").to_owned();
+        Ok((state, monitor.execute("query-block", None, PATIENCE).ok()))
+    });
+    let (state, blocks) = match asked {
+        Ok((state, blocks)) => (Ok(state), blocks),
+        Err(error) => (Err(error), None),
+    };
     if state.is_err() && !vm.is_alive() {
         return None;
     }
@@ -77,10 +87,30 @@ fn row(vm: &RunningVm) -> Option<Row> {
             .map(|uptime| uptime.as_secs()),
         cpus: config.as_ref().map(|config| config.cpus),
         memory: config.as_ref().map(|config| config.memory.size),
-        disks: config
-            .map(|config| config.disks.iter().map(|disk| disk.path.display().to_string()).collect())
-            .unwrap_or_default(),
+        disks: match blocks {
+            Some(blocks) => images(&blocks),
+            None => config.map(|config| recorded_images(vm.name(), &config.disks)).unwrap_or_default(),
+        },
     })
+}
+
+/// The images that disks have now, as `query-block` tells them.
+fn images(blocks: &Value) -> Vec<String> {
+    let files = blocks.as_array().into_iter().flatten().map(|block| &block["inserted"]["file"]);
+    files.filter_map(|file| file.as_str().map(str::to_owned)).collect()
+}
+
+/// The same of a VM that does not tell: what is written down of its disks, and of those that never moved, what it was
+/// started with.
+fn recorded_images(name: &str, disks: &[DiskSpec]) -> Vec<String> {
+    let state = StateDir::of(name).ok();
+    let moved = state.and_then(|state| DurableDisks::load(&state).ok()).unwrap_or_default();
+    let now = |disk: &DiskSpec| {
+        let moved = moved.successor(&disk.id, &disk.path);
+        let path = moved.map(|moved| moved.by.locate().unwrap_or_else(|_| moved.by.path.clone()));
+        path.unwrap_or_else(|| disk.path.clone()).display().to_string()
+    };
+    disks.iter().map(now).collect()
 }
 
 fn table(rows: &[Row]) -> String {
