@@ -9,6 +9,8 @@
 //!
 //! It happens under the lock of the VM's run-time directory: no process of that VM lives, and none starts meanwhile.
 
+use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -124,6 +126,13 @@ fn replace(disks: &DurableDisks, disk: &mut DiskSpec) -> anyhow::Result<Option<S
     if now == disk.path {
         return Ok(None);
     }
+    if matches!(fs::metadata(&now), Err(error) if error.kind() == ErrorKind::NotFound) {
+        let now = now.display();
+        bail!(
+            "Disk '{id}': {now}, which {why}, does not exist. If it was moved, say where to: --disk IMAGE,id={id}; to boot \
+             {path} all the same, add {FORCE}={id}"
+        );
+    }
     let line = format!("disk '{}': {}, which {why}", disk.id, now.display());
     disk.path = now;
     Ok(Some(line))
@@ -201,7 +210,6 @@ fn refuse_superseded(disk: &DiskSpec, by: &Path, operation: &str) -> anyhow::Res
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
     use std::path::PathBuf;
 
     use coordinator::journal::{DiskPlan, Journal, OperationKind, Plan, PlanFlags, Protocol, Stage};
@@ -315,6 +323,20 @@ mod tests {
         assert_eq!(booted, [lab.path("new.raw"), lab.path("x.raw")]);
         assert!(lab.settle_but(&both, &["vda"]).is_err());
         assert_eq!(lab.settle_but(&both[..1], &["vda"]).unwrap(), (stale, vec![old]));
+    }
+
+    #[test]
+    fn an_image_that_was_moved_by_hand_can_be_named() {
+        let lab = Lab::new();
+        lab.pivot(Some(Verdict::Pivoted), false);
+        lab.settle(&[OLD], false).unwrap();
+        fs::rename(lab.path("new.raw"), lab.path("moved.raw")).unwrap();
+        let refused = lab.settle(&[OLD], false).unwrap_err();
+        let expected = "does not exist. If it was moved, say where to: --disk IMAGE,id=vda; to boot ";
+        assert!(refused.contains("/new.raw, which replaced ") && refused.contains(expected), "{refused}");
+        let (_, booted) = lab.settle(&["DIR/moved.raw,id=vda"], false).unwrap();
+        assert_eq!(booted, [lab.path("moved.raw")]);
+        assert_eq!(lab.settle(&[OLD], true).unwrap().1, [lab.path("old.raw")]);
     }
 
     #[test]
