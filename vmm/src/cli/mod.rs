@@ -7,6 +7,7 @@ mod console;
 mod cp;
 mod doctor;
 mod exec;
+mod guest_state;
 mod interrupt;
 mod kill;
 mod lines;

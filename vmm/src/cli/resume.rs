@@ -4,6 +4,7 @@ use anyhow::bail;
 use clap::Args;
 use coordinator::Map;
 
+use super::guest_state;
 use super::vm_name::{VmName, WITH_DISKS};
 
 /// Let a paused VM run on, or wake a guest that sleeps
@@ -28,9 +29,7 @@ pub(super) fn run(args: &ResumeArgs) -> anyhow::Result<u8> {
         (args.force && verb == "cont").then(|| Map::from_iter([("tarn-force".to_owned(), true.into())]));
     let Err(error) = monitor.execute(verb, forced, WITH_DISKS) else { return Ok(0) };
     // The refusal names what a client of the monitor would do.
-    let status = monitor.execute("tarn-query-status", None, WITH_DISKS).unwrap_or_default();
-    let mut holders = status["paused-by"].as_array().into_iter().flatten();
-    match holders.find_map(|holder| holder.as_str().filter(|holder| *holder != "user")) {
+    match guest_state::holder(&mut monitor) {
         Some(operation) if error.refusal().is_some() => {
             let name = &args.vm.name;
             bail!(

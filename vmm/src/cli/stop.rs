@@ -6,6 +6,7 @@ use anyhow::bail;
 use clap::Args;
 use coordinator::{GuestSession, Map, MonitorSession};
 
+use super::guest_state;
 use super::process::VmProcess;
 use super::vm_name::{AT_ONCE, VmName};
 
@@ -44,9 +45,10 @@ pub(super) fn run(args: &StopArgs) -> anyhow::Result<u8> {
         }
         // Its guest is gone already: there is nothing to ask, and nothing to lose.
         "shutdown" | "guest-panicked" | "internal-error" => return quit(&mut monitor, &process, name),
-        state => bail!(
-            "VM {name} is in state {state}, its guest cannot shut down: `tarn resume {name}` first, or `tarn kill {name}`"
-        ),
+        state => {
+            let obstacle = guest_state::obstacle(name, state, guest_state::holder(&mut monitor).as_deref());
+            bail!("{obstacle}, or `tarn kill {name}`")
+        }
     }
     loop {
         let left = timeout.saturating_sub(began.elapsed());

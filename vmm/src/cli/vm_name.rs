@@ -7,6 +7,7 @@ use clap::Args;
 use clap_complete::engine::{ArgValueCompleter, CompletionCandidate};
 use coordinator::{GuestSession, MonitorSession};
 
+use super::guest_state;
 use crate::run_dir::RunningVm;
 
 /// How long a monitor may take for what it does at once.
@@ -30,8 +31,11 @@ impl VmName {
         Ok(MonitorSession::connect(&self.open()?.monitor_socket(), AT_ONCE)?)
     }
 
+    /// The agent in its guest, which has to run.
     pub(super) fn agent(&self) -> anyhow::Result<GuestSession> {
-        Ok(GuestSession::connect(&self.open()?.agent_socket())?)
+        let vm = self.open()?;
+        guest_state::check_running(&mut MonitorSession::connect(&vm.monitor_socket(), AT_ONCE)?, &self.name)?;
+        Ok(GuestSession::connect(&vm.agent_socket())?)
     }
 }
 
