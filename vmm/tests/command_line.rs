@@ -38,6 +38,7 @@ impl Stand {
             move |command: &str, _: &Value| match command {
                 "qmp_capabilities" => Ok(json!({})),
                 "cont" if state != "suspended" => Ok(json!({})),
+                "query-block" => Ok(json!([{"device": "disk0", "inserted": {"file": "/images/new.raw"}}])),
                 "system_wakeup" if state == "suspended" => Ok(json!({})),
                 "stop" => Err("The disk does not come to rest"),
                 "query-status" => Ok(json!({"status": state, "running": state == "running"})),
@@ -139,7 +140,10 @@ fn converse(
         let command = request["execute"].as_str()?;
         let mut reply = match answer(command, &request["arguments"]) {
             Ok(value) => json!({"return": value}),
-            Err(desc) => json!({"error": {"class": "GenericError", "desc": desc}}),
+            Err(desc) => {
+                let class = if desc.contains("disabled") { "CommandNotFound" } else { "GenericError" };
+                json!({"error": {"class": class, "desc": desc}})
+            }
         };
         if let Some(id) = request.get("id") {
             reply["id"] = id.clone();
@@ -172,14 +176,18 @@ impl Agent {
                 self.outputs.insert(self.next, output);
                 Ok(json!({"pid": self.next}))
             }
+            "guest-fsfreeze-freeze" => Err("Command guest-fsfreeze-freeze has been disabled: frozen"),
             "guest-exec-status" => {
                 let pid = arguments["pid"].as_u64().unwrap();
                 let output = self.outputs.remove(&pid).ok_or("No such PID")?;
+                const KEPT: usize = 16 << 20;
+                let stdout = &output.stdout[..output.stdout.len().min(KEPT)];
                 let end = output
                     .status
                     .code()
                     .map_or_else(|| ("signal", output.status.signal().unwrap()), |code| ("exitcode", code));
-                Ok(json!({"exited": true, end.0: end.1, "out-data": BASE64_STANDARD.encode(&output.stdout),
+                Ok(json!({"exited": true, end.0: end.1, "out-data": BASE64_STANDARD.encode(stdout),
+                    "out-truncated": output.stdout.len() > KEPT,
                     "err-data": BASE64_STANDARD.encode(&output.stderr)}))
             }
             "guest-file-open" => {
@@ -266,7 +274,8 @@ fn ps_shows_what_runs_and_what_hangs() {
     let stand = Stand::start("running");
     let lines = out(&mut stand.tarn("ps"));
     let row: Vec<_> = lines.lines().nth(1).unwrap().split_whitespace().collect();
-    assert_eq!((row[0], row[2], row[4], row[5], row[6]), ("vm", "running", "2", "512M", "-"));
+    // What the VM tells, and not what it was started with.
+    assert_eq!((row[0], row[2], row[4], row[5], row[6]), ("vm", "running", "2", "512M", "/images/new.raw"));
     let rows: Value = serde_json::from_str(&out(&mut stand.tarn("ps --json"))).unwrap();
     assert_eq!(rows[0]["state"], "running");
     assert_eq!(rows[0]["pid"], std::process::id());
@@ -434,9 +443,9 @@ fn files_go_both_ways() {
 
 #[test]
 fn commands_are_typed_as_words_as_json_and_line_by_line() {
-    let stand = Stand::start("paused");
+    let stand = Stand::start("running");
     let status: Value = serde_json::from_str(&out(&mut stand.tarn("qmp vm query-status"))).unwrap();
-    assert_eq!(status["status"], "paused");
+    assert_eq!(status["status"], "running");
     assert_eq!(out(stand.tarn("agent vm").arg(r#"{"execute": "guest-ping"}"#)), "{}\n");
     assert_eq!(out(&mut stand.tarn("agent vm guest-sync-delimited id=7")), "7\n");
     let (status, error) = failure(&mut stand.tarn("agent vm guest-nope"));
@@ -445,7 +454,7 @@ fn commands_are_typed_as_words_as_json_and_line_by_line() {
 
     let output = with_input(&mut stand.tarn("qmp vm"), b"nope\nquery-status");
     assert!(output.status.success(), "{output:?}");
-    assert!(String::from_utf8(output.stdout).unwrap().contains("paused"));
+    assert!(String::from_utf8(output.stdout).unwrap().contains("running"));
     assert_eq!(output.stderr, b"tarn: The monitor refused nope: The command has not been found\n");
 }
 
@@ -454,7 +463,7 @@ fn a_sleeping_guest_is_woken_by_resume_and_not_asked_to_stop() {
     let stand = Stand::start("suspended");
     assert_eq!(out(&mut stand.tarn("resume vm")), "");
     let (_, error) = failure(&mut stand.tarn("stop vm"));
-    assert!(error.contains("state suspended") && error.contains("`tarn resume vm` first"), "{error}");
+    assert!(error.contains("(suspended)") && error.contains("`tarn resume vm` first"), "{error}");
 }
 
 #[test]
@@ -463,6 +472,38 @@ fn a_paused_guest_is_not_asked_to_stop() {
     let (status, error) = failure(&mut stand.tarn("stop vm"));
     assert_eq!(status, Some(1));
     assert!(error.contains("`tarn resume vm` first, or `tarn kill vm`"), "{error}");
+}
+
+#[test]
+fn a_guest_that_does_not_run_is_not_asked() {
+    for (state, why) in
+        [("paused", "VM vm is paused"), ("suspended", "The guest of VM vm sleeps (suspended)")]
+    {
+        let stand = Stand::start(state);
+        for line in ["freeze vm", "thaw vm", "exec vm -- true", "agent vm guest-ping"] {
+            let expected = format!("tarn: {why}: `tarn resume vm` first\n");
+            assert_eq!(failure(&mut stand.tarn(line)), (Some(1), expected), "{line}");
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_is_frozen_already_is_said_to_be() {
+    let stand = Stand::start("running");
+    let (status, error) = failure(&mut stand.tarn("freeze vm"));
+    assert_eq!(status, Some(1));
+    assert!(error.contains("the guest's filesystems are frozen; `tarn thaw` ends that"), "{error}");
+}
+
+#[test]
+fn an_output_that_is_cut_is_a_failure() {
+    let stand = Stand::start("running");
+    let output = stand.tarn("exec vm -- sh -c").arg("printf %017000000d 7").output().unwrap();
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(74), 16 << 20));
+    assert_eq!(output.stderr.iter().filter(|byte| **byte == b'\n').count(), 1);
+    assert!(String::from_utf8(output.stderr).unwrap().contains("first 16 MiB"));
+    let failed = stand.tarn("exec vm -- sh -c").arg("printf %017000000d 7; exit 3").output().unwrap();
+    assert_eq!(failed.status.code(), Some(3));
 }
 
 #[test]

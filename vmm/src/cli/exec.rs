@@ -16,7 +16,8 @@ use super::vm_name::VmName;
 /// Run a command in the guest of a VM, through its agent
 ///
 /// Standard input goes in unless it is a terminal; both outputs come back when the command has ended, and so does its
-/// exit status (128+N after signal N).
+/// exit status (128+N after signal N). Of each output 16 MiB are kept: if there was more, the exit status is 74, unless the
+/// command has failed by itself. Larger ones go to a file in the guest, and out by `tarn cp`.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  tarn exec web -- uname -r\n  \
     tarn exec web -e LANG=C -- sh -c 'cat > /tmp/list; wc -l /tmp/list' < list")]
@@ -42,6 +43,9 @@ pub(super) struct ExecArgs {
 
 /// After this long without a byte of standard input, its user may wonder.
 const PUZZLING: Timespec = Timespec { tv_sec: 3, tv_nsec: 0 };
+
+/// Exit status when an output is not complete, although the command has succeeded (EX_IOERR of sysexits.h).
+const TRUNCATED: u8 = 74;
 
 /// How long an agent may take to show that it is there.
 const AGENT: Duration = Duration::from_secs(30);
@@ -90,7 +94,13 @@ pub(super) fn read_input() -> anyhow::Result<Vec<u8>> {
 
 /// Runs a command in the guest, passes on its outputs, and gives its status as a shell does.
 pub(super) fn run_and_pass_on(agent: &mut GuestSession, request: &ExecRequest) -> anyhow::Result<u8> {
+    let mut truncated = false;
+    let mut pass_on = |output: Output<'_>| {
+        truncated |= matches!(output, Output::Truncated(_));
+        pass_on(output)
+    };
     match recipes::exec(agent, request, &mut pass_on) {
+        Ok(status) if status.code() == 0 && truncated => Ok(TRUNCATED),
         Ok(status) => Ok(status.code()),
         Err(ExecError::Output { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => {
             Err(output::Closed.into())
@@ -110,7 +120,7 @@ fn pass_on(output: Output<'_>) -> io::Result<()> {
         Output::Truncated(stream) => {
             let name = if stream == Stream::Stdout { "output" } else { "error output" };
             output::complain(&format!(
-                "The agent keeps only the beginning of the standard {name}; the rest is lost"
+                "The standard {name} is not complete: the agent keeps the first 16 MiB, the rest is lost"
             ));
             Ok(())
         }

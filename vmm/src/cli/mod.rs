@@ -44,6 +44,7 @@ Exit status:
   3      an operation on disks was aborted, and all is as before (pivot, mirror, backup, op)
   4      it is not settled: `tarn recover` finds out what became of it, and settles it
   70     the guest panicked (tarn run; see --on-guest-panic)
+  74     the command succeeded, but wrote more than the 16 MiB that are kept of each output (exec, run --exec)
   other  that of the command in the guest (exec, run --exec; 128+N after signal N), or of --on-guest-…
 
 Files:
