@@ -555,6 +555,27 @@ fn run_exec_is_one_command_in_a_throw_away_vm() {
 }
 
 #[test]
+fn a_mount_that_fails_is_a_failure() {
+    let Some(lab) = Lab::new("mounts") else { return };
+    let blank = lab.image("blank.raw", 1 << 20);
+    let mount = ["--disk", blank.to_str().unwrap(), "--mount", "/dev/vda:/data:ext4", "--memory", "256M"];
+    let why = "cannot mount /dev/vda on /data as ext4: no such filesystem on the device";
+
+    // A command that would write to memory what is meant for the disk is not run.
+    let exec = [&["run", "--no-input", "--exec", "echo x >/data/x; echo written"], &mount[..]].concat();
+    let said = failure(&lab, &exec);
+    assert!(said.starts_with(&format!("tarn: The command was not run: The guest {why}")), "{said}");
+
+    // A VM in the background is left to whoever wants to look.
+    let output = lab.output(&[&["run", "--name", "lame", "--detach"], &mount[..]].concat());
+    let said = text(&output.stderr);
+    let _killed = Detached(&lab, "lame");
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), "lame\n"), "{said}");
+    assert!(said.contains("`tarn stop lame` ends it") && said.contains(why), "{said}");
+    assert!(good(&lab, &["exec", "lame", "--", "cat", "/proc/partitions"]).contains("vda"));
+}
+
+#[test]
 fn what_one_does_with_a_running_vm() {
     let Some(lab) = Lab::new("verbs") else { return };
     let disk = lab.ext4("data.raw", 256 << 20);
@@ -567,7 +588,9 @@ fn what_one_does_with_a_running_vm() {
     console_verb(&lab);
     doctor_verb(&lab);
     good(&lab, &["pause", "web"]);
-    assert!(failure(&lab, &["exec", "web", "--timeout", "1", "--", "true"]).contains("VM not paused?"));
+    for args in [&["freeze", "web"][..], &["exec", "web", "--", "true"]] {
+        assert_eq!(failure(&lab, args), "tarn: VM web is paused: `tarn resume web` first\n");
+    }
     good(&lab, &["resume", "web"]);
     assert_eq!(good(&lab, &["exec", "web", "--", "echo", "again"]), "again\n");
     assert_eq!(good(&lab, &["stop", "web"]), "");

@@ -11,6 +11,7 @@ mod exec;
 mod flags;
 pub(super) mod guest_image;
 mod images;
+mod mounts;
 
 use anyhow::{Context, anyhow};
 
@@ -32,7 +33,8 @@ pub(super) fn run(args: RunArgs, global: &Global) -> anyhow::Result<u8> {
         return Ok(0);
     }
     if args.detach && !args.detached {
-        return detach::run_again();
+        let awaits_mounts = mounts::are_wanted(&spec) && !spec.start_paused;
+        return detach::run_again(awaits_mounts.then(|| args.agent_timeout()));
     }
     if args.detached {
         detach::leave_session()?;

@@ -3,7 +3,7 @@
 //! ```text
 //!   main thread      VM ─────────────────────────────────────────────▶ ends
 //!                     │ ready                                       ▲      │
-//!   exec thread       ├─▶ wait for agent ─▶ command ─▶ outputs ─▶ end it   │ status
+//!   exec thread       ├─▶ wait for agent ─▶ mounted? ─▶ command ─▶ end it   │ status
 //!   fault thread      ├─▶ a guest that cannot run any further ─────▶ ┘     │ or fault
 //!   console thread    └─▶ keeps the last lines, for when things go wrong   │ last lines
 //! ```
@@ -16,10 +16,11 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use coordinator::recipes::ExecRequest;
 use coordinator::{GuestSession, Map, MonitorSession, SessionError};
 
+use super::mounts::{self, MountError};
 use crate::cli::exec::{read_input, run_and_pass_on};
 use crate::cli::output;
 use crate::config::VmSpec;
@@ -56,6 +57,7 @@ pub(super) fn run(spec: &VmSpec, dir: &RunDir, plan: Plan, verbose: bool) -> any
     let (status_sender, status) = channel();
     let (tail_sender, tail) = channel();
     let paths = VmPaths::clone(dir);
+    let mounts = mounts::are_wanted(spec);
     let writes = spec.disks.iter().any(|disk| !disk.read_only);
     let ready: Box<dyn FnOnce() + Send> = Box::new(move || {
         let console = paths.clone();
@@ -63,8 +65,8 @@ pub(super) fn run(spec: &VmSpec, dir: &RunDir, plan: Plan, verbose: bool) -> any
         let (watched, fault_sender) = (paths.clone(), status_sender.clone());
         thread::spawn(move || end_on_fault(&watched, &fault_sender));
         thread::spawn(move || {
-            let result =
-                exec(&paths, plan).map_err(|error| if runs(&paths) { error } else { GuestEnded.into() });
+            let result = exec(&paths, plan, mounts)
+                .map_err(|error| if runs(&paths) { error } else { GuestEnded.into() });
             // The receiver is there for as long as the VM is.
             let _ = status_sender.send(result);
             if let Err(error) = end_vm(&paths, writes) {
@@ -76,13 +78,16 @@ pub(super) fn run(spec: &VmSpec, dir: &RunDir, plan: Plan, verbose: bool) -> any
     conclude(&outcome, &status, &tail)
 }
 
-fn exec(paths: &VmPaths, plan: Plan) -> anyhow::Result<u8> {
+fn exec(paths: &VmPaths, plan: Plan, mounts: bool) -> anyhow::Result<u8> {
     let mut request = ExecRequest::shell(plan.command);
     if plan.input && !io::stdin().is_terminal() {
         request.input = Some(read_input()?);
     }
     let mut agent = GuestSession::connect(&paths.agent_socket())?;
     agent.wait_for_agent(plan.patience)?;
+    if mounts {
+        mounts::check(&mut agent).context("The command was not run")?;
+    }
     run_and_pass_on(&mut agent, &request)
 }
 
@@ -168,7 +173,7 @@ fn conclude(
     // It may still be reading standard input for a command that will never run.
     let error = match status.recv_timeout(NOTICE) {
         Ok(Ok(status)) => return Ok(status),
-        Ok(Err(error)) if error.is::<output::Closed>() => return Err(error),
+        Ok(Err(error)) if error.is::<output::Closed>() || error.is::<MountError>() => return Err(error),
         Ok(Err(error)) if !error.is::<GuestEnded>() => error,
         Ok(Err(_)) | Err(_) => anyhow!("The guest ended before the command had: {}", outcome.cause),
     };
@@ -223,6 +228,16 @@ mod tests {
             assert!(error.ends_with("The guest ended before the command had: guest shutdown"), "{error}");
         }
         assert_eq!(concluded(70, None, "Kernel panic"), Ok(70));
+    }
+
+    #[test]
+    fn a_mount_that_failed_says_enough() {
+        let failures = vec!["cannot mount /dev/vda on /data as ext4: no such device".to_owned()];
+        let failed = anyhow::Error::new(MountError::Failed { failures }).context("The command was not run");
+        let error = concluded(0, Some(Err(failed)), "a line").unwrap_err();
+        let expected =
+            "The command was not run: The guest cannot mount /dev/vda on /data as ext4: no such device";
+        assert_eq!(error, expected);
     }
 
     #[test]

@@ -31,17 +31,19 @@ pub struct RunArgs {
     /// Print the resulting configuration and stop there
     #[arg(long)]
     pub(super) dry_run: bool,
-    /// Run in the background: print the name once the VM runs; messages go to `log` in its run-time directory
+    /// Run in the background: print the name once the VM runs; messages go to `log` in its run-time directory. With --mount,
+    /// also wait for the agent: if a filesystem could not be mounted, fail (1), and leave the VM running to be looked at
     #[arg(long, conflicts_with_all = ["exec", "dry_run"])]
     pub(super) detach: bool,
-    /// Run CMD with /bin/sh in the guest, give back its outputs and exit status, and end the VM
+    /// Run CMD with /bin/sh in the guest, give back its outputs and exit status, and end the VM; not if a --mount fails (1).
+    /// Of each output 16 MiB are kept: if there was more, and CMD has succeeded, the exit status is 74
     #[arg(long, value_name = "CMD")]
     pub(super) exec: Option<String>,
     /// With --exec: do not pass standard input on
     #[arg(long, requires = "exec")]
     pub(super) no_input: bool,
-    /// With --exec: seconds the guest may take to boot and answer
-    #[arg(long, value_name = "SECONDS", requires = "exec", default_value_t = 120)]
+    /// With --exec, or --detach and --mount: seconds the guest may take to boot and answer
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     agent_timeout: u64,
 
     /// Kernel: ELF vmlinux or bzImage
@@ -56,7 +58,7 @@ pub struct RunArgs {
     /// Add to the kernel command line
     #[arg(long, value_name = "TEXT", help_heading = "Boot")]
     append: Vec<String>,
-    /// How the kernel is entered
+    /// How the kernel is entered [default: auto]
     #[arg(long, value_enum, help_heading = "Boot")]
     boot: Option<BootProtocol>,
     /// A shell on the console (guest image only)
@@ -66,10 +68,10 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Boot")]
     paused: bool,
 
-    /// vCPUs, 1 to 32
+    /// vCPUs, 1 to 32 [default: 1]
     #[arg(long, value_name = "N", help_heading = "Machine")]
     cpus: Option<u8>,
-    /// Guest memory, as in 512M or 2G
+    /// Guest memory, as in 512M or 2G [default: 512M]
     #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Machine")]
     memory: Option<u64>,
     /// Back guest memory with transparent huge pages
@@ -92,13 +94,14 @@ pub struct RunArgs {
     /// is lost when the VM's process is killed, but with seed=N a part of it
     #[arg(long, value_name = "DISK:op=OP,KEY=VALUE…", help_heading = "Devices")]
     fault: Vec<FaultFlag>,
-    /// Mount a filesystem (guest image only); DISK is /dev/vda… or a disk's id
+    /// Mount a filesystem (guest image only); DISK is /dev/vda… or a disk's id. Without --exec and --detach a failure is a
+    /// line on the console
     #[arg(long, value_name = "DISK:DIR:FSTYPE[:OPTIONS]", help_heading = "Devices")]
     mount: Vec<MountFlag>,
     /// A named virtio-serial port, /dev/virtio-ports/NAME in the guest, a unix socket here
     #[arg(long, value_name = "name=NAME,socket=PATH", help_heading = "Devices")]
     channel: Vec<ChannelSpec>,
-    /// What the terminal is connected to
+    /// What the terminal is connected to [default: hvc0]
     #[arg(long, value_enum, help_heading = "Devices")]
     console: Option<ConsoleSpec>,
 
@@ -111,7 +114,7 @@ pub struct RunArgs {
     /// When the guest's kernel panics [default: exit:70]
     #[arg(long, value_name = "ACTION", help_heading = "Policies")]
     on_guest_panic: Option<GuestAction>,
-    /// Seconds until the guest is thawed when the client that froze it has gone; 0 is never [default: 10]
+    /// Seconds until the guest is thawed when the client that froze it has gone; 0 is never [default: 60]
     #[arg(long, value_name = "SECONDS", help_heading = "Policies")]
     thaw_grace: Option<u32>,
 
@@ -140,7 +143,7 @@ Examples:
   tarn run --kernel vmlinux --initrd init.cpio --append debug --dry-run > vm.json";
 
 impl RunArgs {
-    /// How long the guest of an `--exec` may take to answer.
+    /// How long the guest may take to answer.
     pub(super) fn agent_timeout(&self) -> Duration {
         Duration::from_secs(self.agent_timeout)
     }

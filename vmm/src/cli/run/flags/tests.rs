@@ -1,6 +1,7 @@
-use clap::Parser;
+use clap::{CommandFactory, Parser, ValueEnum};
 
 use super::*;
+use crate::config::format_size;
 
 #[derive(Parser)]
 struct Line {
@@ -131,4 +132,34 @@ fn a_wrong_configuration_is_named_with_its_line() {
         let error = refusal(&format!("--config {}", file.display()));
         assert!(error.contains("vm.json") && error.contains(part), "{error}");
     }
+}
+
+#[test]
+fn the_help_tells_the_defaults_that_are_used() {
+    fn name(value: &impl ValueEnum) -> String {
+        value.to_possible_value().unwrap().get_name().to_owned()
+    }
+    let spec = VmSpec::default();
+    let mut defaults = vec![
+        ("boot", name(&spec.boot)),
+        ("cpus", spec.cpus.to_string()),
+        ("memory", format_size(spec.memory.size)),
+        ("console", name(&spec.console)),
+        ("on_guest_shutdown", spec.on_guest.shutdown.into()),
+        ("on_guest_reset", spec.on_guest.reset.into()),
+        ("on_guest_panic", spec.on_guest.panic.into()),
+        ("thaw_grace", spec.thaw_grace.to_string()),
+        ("name", "made up".to_owned()),
+    ];
+    // Each that is told in words is one of these; clap itself tells those it knows.
+    let command = Line::command();
+    for argument in command.get_arguments() {
+        let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
+        let told =
+            help.split_once("[default: ").and_then(|(_, rest)| rest.split_once(']')).map(|(told, _)| told);
+        let at = defaults.iter().position(|(id, _)| *id == argument.get_id().as_str());
+        let expected = at.map(|at| defaults.remove(at).1);
+        assert_eq!(told, expected.as_deref(), "{}", argument.get_id());
+    }
+    assert_eq!(defaults, []);
 }
