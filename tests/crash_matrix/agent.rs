@@ -13,29 +13,35 @@ use serde_json::{Value, json};
 
 use crate::setup::Setup;
 
-const DISABLED: &str = "The command guest-fsfreeze-freeze has been disabled: the guest is frozen";
+const DISABLED: &str = "The command guest-fsfreeze-freeze has been disabled";
 
 /// Listens for as long as the process lives.
 pub(crate) fn start(setup: &Setup, frozen: Arc<AtomicBool>) -> io::Result<()> {
     let listener = UnixListener::bind(setup.agent())?;
+    let blocked = Arc::new(AtomicBool::new(false));
     let body = move || {
         for client in listener.incoming().map_while(Result::ok) {
-            let frozen = Arc::clone(&frozen);
+            let (frozen, blocked) = (Arc::clone(&frozen), Arc::clone(&blocked));
             // One that leaves is no matter to the others.
-            thread::spawn(move || drop(serve(client, &frozen)));
+            thread::spawn(move || drop(serve(client, &frozen, &blocked)));
         }
     };
     thread::Builder::new().name("agent".into()).spawn(body).map(drop)
 }
 
-fn serve(mut client: UnixStream, frozen: &AtomicBool) -> io::Result<()> {
+fn serve(mut client: UnixStream, frozen: &AtomicBool, blocked: &AtomicBool) -> io::Result<()> {
     let mut decoder = Decoder::new(Limits::AGENT);
     let mut bytes = [0; 4096];
     loop {
         while let Some(item) = decoder.next_item() {
             let Item::Value(request) = item else { continue };
             // A frozen guest does next to nothing for anybody, as the real agent has it.
-            let is_refused = request["execute"] == "guest-fsfreeze-freeze" && frozen.load(Ordering::SeqCst);
+            let is_refused = request["execute"] == "guest-fsfreeze-freeze"
+                && (frozen.load(Ordering::SeqCst) || blocked.load(Ordering::SeqCst));
+            // As if it had been started with --block-rpcs.
+            if request["execute"] == "block-freeze" {
+                blocked.store(true, Ordering::SeqCst);
+            }
             let answer = match is_refused {
                 true => json!({"error": {"class": "GenericError", "desc": DISABLED}}),
                 false => json!({"return": answer(&request, frozen)}),

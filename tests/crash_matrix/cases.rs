@@ -24,7 +24,10 @@ type Case = fn(&Bench) -> Result<(), Failure>;
 const CASES: [(&str, Case); 7] = [
     ("a pivot that has happened is not aborted, but finished", pivoted),
     ("a pivot that is decided is not aborted", decided),
-    ("a freeze that the guest refuses aborts the operation and leaves nothing behind", refused_freeze),
+    (
+        "a freeze that cannot be is refused, and one that the guest refuses leaves nothing behind",
+        refused_freeze,
+    ),
     ("a journal that cannot be written lets the guest go", failed_journal),
     ("disks that have moved apart and cannot follow stop the VM, and nobody ends it unawares", parted),
     ("a mirror that was told to end is gone on with", told_to_end),
@@ -182,7 +185,7 @@ fn pivoted(bench: &Bench) -> Result<(), Failure> {
 fn decided(bench: &Bench) -> Result<(), Failure> {
     let disks = bench.disks(1);
     bench.says("pivot", &[&disks[0], "--pause"], "journal.config-committed.before", None, &[])?;
-    let words = ["is decided: its targets are the disks", "`tarn recover vm` finishes it"];
+    let words = ["is decided: its targets are the disks", "`tarn recover vm --monitor "];
     bench.says("op abort", &[], "", Some(1), &words)?;
     ensure!(bench.last()?.is_open(), "it is over");
     bench.says("recover", &[], "", Some(0), &["it was decided, and is finished"])?;
@@ -193,23 +196,41 @@ fn refused_freeze(bench: &Bench) -> Result<(), Failure> {
     // As an agent that has frozen already, in somebody's name.
     let mut session = GuestSession::connect(&bench.setup.agent())?;
     session.execute("guest-fsfreeze-freeze", None, PATIENCE)?;
-    for verb in ["pivot", "mirror", "backup"] {
+    let verbs = ["pivot", "mirror", "backup"];
+    for verb in verbs {
         let disks = bench.disks(1);
-        let words = ["was aborted: The command guest-fsfreeze-freeze has been disabled"];
-        bench.says(verb, &[&disks[0], "--freeze", "--pause"], "", Some(3), &words)?;
+        bench.says(verb, &[&disks[0], "--freeze", "--pause"], "", Some(1), &["are frozen already"])?;
         // Whoever froze it is not thawed by an operation that was refused.
         let frozen = session.execute("guest-fsfreeze-status", None, PATIENCE)?;
         ensure!(frozen == "frozen", "{verb}: the guest is {frozen}");
     }
     session.execute("guest-fsfreeze-thaw", None, PATIENCE)?;
-    bench.is_as_before()
+    session.execute("block-freeze", None, PATIENCE)?;
+    for verb in verbs {
+        let disks = bench.disks(1);
+        let words = ["was aborted: The command guest-fsfreeze-freeze has been disabled"];
+        bench.says(verb, &[&disks[0], "--freeze", "--pause"], "", Some(3), &words)?;
+        bench.is_as_before()?;
+    }
+    // What its user has paused cannot be frozen, and is not tried.
+    bench.ask("stop", &Value::Null)?;
+    let disks = bench.disks(1);
+    bench.says(
+        "backup",
+        &[&disks[0], "--freeze"],
+        "",
+        Some(1),
+        &["is paused: its guest cannot be frozen"],
+    )?;
+    bench.ask("cont", &Value::Null)?;
+    Ok(())
 }
 
 fn failed_journal(bench: &Bench) -> Result<(), Failure> {
     let disks = bench.disks(2);
     for place in ["journal.frozen.written", "journal.stopped.before", "journal.stopped.synced"] {
         let arguments = [disks[0].as_str(), &disks[1], "--freeze", "--pause"];
-        let words = ["is not settled: Cannot ", "`tarn recover vm`"];
+        let words = ["is not settled: Cannot ", "`tarn recover vm --monitor "];
         bench.says("pivot", &arguments, &format!("{place}+=eio"), Some(4), &words)?;
         bench.goes_on()?;
         let undone = ["nothing was decided, and all is undone", "disk 'vda' is "];
@@ -294,7 +315,7 @@ fn told_to_end(bench: &Bench) -> Result<(), Failure> {
 fn complete_backup(bench: &Bench) -> Result<(), Failure> {
     let disks = bench.disks(1);
     bench.says("backup", &[&disks[0]], "journal.done.before", None, &[])?;
-    let words = ["are complete: `tarn recover vm` finishes it"];
+    let words = ["are complete: `tarn recover vm --monitor "];
     bench.says("op abort", &[], "", Some(1), &words)?;
     bench.says("recover", &[], "", Some(0), &["its copies were complete, and it is finished"])?;
     ensure!(bench.last()?.outcome() == Outcome::Completed, "it was undone");

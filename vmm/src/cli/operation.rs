@@ -82,6 +82,10 @@ impl Target {
         Ok(Connection { monitor: vm.monitor_socket(), agent: Some(vm.agent_socket()), foreign: false })
     }
 
+    fn reach(&self) -> anyhow::Result<(StateDir, Connection)> {
+        Ok((self.state()?, self.connection()?))
+    }
+
     fn observer(&self) -> Bar {
         Bar { bar: None, shows: !self.json && std::io::stderr().is_terminal() }
     }
@@ -217,7 +221,10 @@ fn short(time: Duration) -> String {
 /// Carries an operation out, and says how it went. A signal that would end this process ends the operation, cleanly.
 fn carry_out(target: &Target, request: &Request) -> anyhow::Result<u8> {
     interrupt::only_ask()?;
-    let (state, connection) = (target.state()?, target.connection()?);
+    let (state, connection) = match target.reach() {
+        Ok(reached) => reached,
+        Err(error) => return refuse(target, &error),
+    };
     finish(target, coordinator::operation::run(&state, &connection, request, &mut target.observer()))
 }
 
@@ -235,6 +242,20 @@ fn finish(target: &Target, result: Result<Report, OperationError>) -> anyhow::Re
     }
 }
 
+/// Nothing was begun.
+fn refuse(target: &Target, error: &anyhow::Error) -> anyhow::Result<u8> {
+    complain(target, "refused", &format!("{error:#}"))?;
+    Ok(FAILURE)
+}
+
+fn complain(target: &Target, outcome: &str, text: &str) -> anyhow::Result<()> {
+    if target.json {
+        output::print_json(&serde_json::json!({"outcome": outcome, "error": text}))?;
+    }
+    output::complain(text);
+    Ok(())
+}
+
 fn fail(target: &Target, error: OperationError) -> anyhow::Result<u8> {
     let (status, outcome) = match &error {
         OperationError::Aborted { warnings, .. } => {
@@ -247,10 +268,7 @@ fn fail(target: &Target, error: OperationError) -> anyhow::Result<u8> {
         _ => (FAILURE, "refused"),
     };
     let text = format!("{:#}", anyhow::Error::new(error));
-    if target.json {
-        output::print_json(&serde_json::json!({"outcome": outcome, "error": text}))?;
-    }
-    output::complain(&text);
+    complain(target, outcome, &text)?;
     Ok(status)
 }
 

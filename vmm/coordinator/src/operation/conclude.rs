@@ -158,6 +158,12 @@ impl Runner<'_> {
         let log = self.log();
         let matters = log.progress.decision() != Some(Side::Source) && log.entries.iter().all(is_known);
         let freezer = match (self.freezer.take(), &self.connection.agent) {
+            // It would be waited for in vain, and be thawed by a request that nobody remembers when it goes on.
+            (freezer, _) if !self.vm.is_running()? => {
+                freezer.into_iter().for_each(Freezer::leave);
+                let vm = self.journal.state_dir().name();
+                Err(format!("somebody else has paused the VM; `tarn resume {vm}` lets it go on"))
+            }
             (Some(freezer), _) => Ok(freezer),
             (None, Some(agent)) => Freezer::connect(agent).map_err(|error| chain(&error)),
             (None, None) => Err("the guest's agent is not known".to_owned()),

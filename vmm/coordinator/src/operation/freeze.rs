@@ -46,6 +46,11 @@ impl Freezer {
         self.session.execute(command, arguments, limit)
     }
 
+    /// Whether somebody has frozen the guest.
+    pub(crate) fn is_frozen(&mut self) -> Result<bool, SessionError> {
+        Ok(self.ask("guest-fsfreeze-status", Value::Null, PATIENCE)? == "frozen")
+    }
+
     /// Freezes; how many filesystems. Never without a lease, which is what 0 ms would mean.
     pub(crate) fn freeze(&mut self, lease: Duration) -> Result<u64, SessionError> {
         let lease = json!({"tarn-lease-ms": ms(lease).max(1)});
@@ -70,8 +75,7 @@ impl Freezer {
 
     /// What a copy is worth that was made since the freeze: asked before the thaw.
     pub(crate) fn consistency(&mut self) -> Result<Consistency, SessionError> {
-        let frozen = self.ask("guest-fsfreeze-status", Value::Null, PATIENCE)? == "frozen";
-        if !frozen {
+        if !self.is_frozen()? {
             return Ok(Consistency::Void);
         }
         let report = match self.ask("tarn-fsfreeze-report", Value::Null, PATIENCE) {

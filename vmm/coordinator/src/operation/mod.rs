@@ -248,6 +248,16 @@ pub fn resolved(resolution: Resolution) -> Recovery {
             Outcome::Aborted | Outcome::Open => format!("disk '{id}' is {}, not {target}", now(&disk.source)),
         }
     }));
+    if operation.outcome() == Outcome::Aborted {
+        let disks = operation.plan.disks.iter().enumerate();
+        let left = disks.filter(|(index, disk)| operation.has_made(*index) && disk.target.path.exists());
+        story.extend(left.map(|(_, disk)| {
+            format!(
+                "{} was made for it, is incomplete, and is left for you to remove",
+                disk.target.path.display()
+            )
+        }));
+    }
     Recovery { operation: Some(operation), found, story, warnings }
 }
 

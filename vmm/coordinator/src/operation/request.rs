@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
+use super::freeze::Freezer;
 use super::report::Observer;
 use super::steps::Runner;
 use super::vm::{DiskNow, VmSession};
@@ -179,6 +180,9 @@ pub(super) fn begin<'a>(
         return refuse(is_open(state, open));
     }
     try_targets(&mut vm, &now, &disks)?;
+    if let Some(agent) = connection.agent.as_deref().filter(|_| request.freeze) {
+        check_guest(&mut vm, agent, state.name())?;
+    }
     let id =
         new_operation_id().map_err(|error| OperationError::Refused(format!("No random numbers: {error}")))?;
     let is_a = request.kind == OperationKind::Pivot && protocol == Protocol::A;
@@ -206,6 +210,25 @@ pub(super) fn begin<'a>(
         }
     }
     Ok((runner, plan, details))
+}
+
+/// A guest that cannot be frozen now will not be when all is copied.
+fn check_guest(vm: &mut VmSession, agent: &Path, name: &str) -> Result<(), OperationError> {
+    let status = vm.status()?;
+    if status != "running" {
+        let way =
+            if status == "paused" { format!("; `tarn resume {name}` lets it go on") } else { String::new() };
+        return Err(OperationError::Refused(format!(
+            "VM {name} is {status}: its guest cannot be frozen{way}"
+        )));
+    }
+    if Freezer::connect(agent)?.is_frozen()? {
+        let text = format!(
+            "The guest's filesystems are frozen already, for somebody else; `tarn thaw {name}` ends that"
+        );
+        return Err(OperationError::Refused(text));
+    }
+    Ok(())
 }
 
 /// Who decides. A VM that knows no operations cannot; where there is nothing to decide it makes no difference.

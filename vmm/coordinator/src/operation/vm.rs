@@ -105,6 +105,11 @@ impl VmSession {
         Ok(self.ask("query-status", Value::Null)?["running"] == true)
     }
 
+    /// In one word, such as `running`, `paused` or `suspended`.
+    pub(super) fn status(&mut self) -> Result<String, SessionError> {
+        Ok(self.ask("query-status", Value::Null)?["status"].as_str().unwrap_or_default().to_owned())
+    }
+
     pub(super) fn disks(&mut self) -> Result<Vec<DiskNow>, SessionError> {
         let reply = self.ask("query-block", Value::Null)?;
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::{Args, Subcommand};
 use coordinator::StateDir;
 use coordinator::journal::{self, Hold, OperationLog};
@@ -10,7 +10,7 @@ use coordinator::operation::{self, Connection};
 use uuid::Uuid;
 
 use super::super::{interrupt, output};
-use super::{Target, bytes, fail, finish, known_vms, tell_recovery};
+use super::{Target, bytes, fail, finish, known_vms, refuse, tell_recovery};
 
 /// List, show, go on with, or end operations on disks
 #[derive(Debug, Args)]
@@ -55,11 +55,17 @@ pub(in super::super) fn run(args: &OpArgs) -> anyhow::Result<u8> {
         OpVerb::Show { name, id, json } => show(name, *id, *json),
         OpVerb::Resume(target) => {
             interrupt::only_ask()?;
-            let (state, vm) = (target.state()?, running(target)?);
+            let (state, vm) = match running(target) {
+                Ok(reached) => reached,
+                Err(error) => return refuse(target, &error),
+            };
             finish(target, operation::resume(&state, &vm, &mut target.observer()))
         }
         OpVerb::Abort(target) => {
-            let (state, vm) = (target.state()?, running(target)?);
+            let (state, vm) = match running(target) {
+                Ok(reached) => reached,
+                Err(error) => return refuse(target, &error),
+            };
             match operation::abort(&state, &vm, &mut target.observer()) {
                 Ok(recovery) => tell_recovery(target, &recovery),
                 Err(error) => fail(target, error),
@@ -68,12 +74,19 @@ pub(in super::super) fn run(args: &OpArgs) -> anyhow::Result<u8> {
     }
 }
 
-/// Without a VM there is nothing to go on with or to take back, only something to settle.
-fn running(target: &Target) -> anyhow::Result<Connection> {
+/// Without a VM there is nothing to go on with or to take back, only something to settle, if it has left that.
+fn running(target: &Target) -> anyhow::Result<(StateDir, Connection)> {
     let name = &target.name;
-    target
-        .connection()
-        .with_context(|| format!("What VM {name} has left is for `tarn recover {name}` to settle"))
+    target.reach().map_err(|error| {
+        let operations = target.state().ok().and_then(|state| journal::operations(&state).ok());
+        match operations.iter().flatten().last().filter(|last| last.is_open()) {
+            Some(open) => error.context(format!(
+                "What VM {name} has left is for `tarn recover {}` to settle",
+                open.vm_for_commands(name)
+            )),
+            None => error,
+        }
+    })
 }
 
 fn list(name: Option<&str>, json: bool) -> anyhow::Result<u8> {
