@@ -166,7 +166,7 @@ fn an_agent_serves_every_client(lab: &Lab, vm: &mut Vm<'_>, name: &str) -> Strin
     waiting.execute("guest-ping", None, Duration::from_millis(300)).unwrap_err();
     let output = lab.output(&["exec", "--timeout", "1", name, "--", "true"]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("VM not paused?"), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("is paused: `tarn resume "), "{output:?}");
     monitor.run("cont");
     assert_eq!(waiting.execute("guest-ping", None, limit()).unwrap(), json!({}));
     version
