@@ -216,8 +216,11 @@ pub(super) fn begin<'a>(
 fn check_guest(vm: &mut VmSession, agent: &Path, name: &str) -> Result<(), OperationError> {
     let status = vm.status()?;
     if status != "running" {
-        let way =
-            if status == "paused" { format!("; `tarn resume {name}` lets it go on") } else { String::new() };
+        let way = if matches!(status.as_str(), "paused" | "prelaunch" | "suspended" | "io-error") {
+            format!("; `tarn resume {name}` lets it go on")
+        } else {
+            String::new()
+        };
         return Err(OperationError::Refused(format!(
             "VM {name} is {status}: its guest cannot be frozen{way}"
         )));
