@@ -18,7 +18,7 @@ build_end_to_end() {
 # where_kvm_is ARGUMENT…: the program there, in the package's directory as Cargo does it; its output is in $log, too.
 where_kvm_is() { (cd "${root:?}/vmm" && "$root/scripts/with-kvm" "$end_to_end" "$@" 2>&1) | tee "${log:?}"; }
 
-# Tests that did not pass are run again, as long as each has failed only once by itself.
+# Tests that did not pass are run again, as long as each has failed only once by itself, and attempts are not in vain.
 run_end_to_end() {
     if [[ -z ${WITH_KVM_FORCE:-} ]] && grep -qwE 'svm|vmx' /proc/cpuinfo; then
         (cd "$root/vmm" && exec "$end_to_end" "$@")
@@ -26,12 +26,12 @@ run_end_to_end() {
     fi
     # Alone on two processors all tests take some ten minutes.
     export WITH_KVM_TIMEOUT=${WITH_KVM_TIMEOUT:-$((${TARN_SOAK:-0} ? 7200 : 1000))}
-    local left remaining name passed attempt status
+    local left remaining name passed status attempt=0 vain=0
     local -A failures=()
     mapfile -t left < <("$end_to_end" --list "$@" | sed -n 's/: test$//p')
     ((${#left[@]})) || { say "no end-to-end test has such a name"; return 0; }
-    for attempt in 1 2 3 4; do
-        ((attempt == 1)) ||
+    while ((vain < 4 && attempt < 12)); do
+        ((++attempt == 1)) ||
             say "the processor is emulated; attempt $attempt with ${#left[@]} tests that have not passed: ${left[*]}"
         status=0
         where_kvm_is --exact "${left[@]}" || status=$?
@@ -46,6 +46,7 @@ run_end_to_end() {
         done
         # All passed, and the machine died behind them.
         ((${#remaining[@]})) || { status=0; break; }
+        vain=$((${#remaining[@]} < ${#left[@]} ? 0 : vain + 1))
         left=("${remaining[@]}")
     done
     return "$status"
