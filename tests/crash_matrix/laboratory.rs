@@ -75,7 +75,7 @@ struct Done {
 
 impl Done {
     fn failed(error: &dyn std::error::Error) -> Self {
-        let other = vec![format!("the run cannot be carried out: {}", run::chain(error))];
+        let other = vec![format!("the run cannot be carried out: {}", coordinator::chain(error))];
         Self { findings: Findings { other, ..Findings::default() }, places: vec![] }
     }
 }

@@ -101,7 +101,7 @@ fn main() -> ExitCode {
     let done = match role {
         Role::Cell { cell } => return repeat(cell),
         Role::Worker => laboratory::work().map_err(|error| error.to_string()),
-        Role::Vmm { setup } => vmm::run(&parse(setup)).map_err(|error| run::chain(&*error)),
+        Role::Vmm { setup } => vmm::run(&parse(setup)).map_err(|error| coordinator::chain(&*error)),
         Role::Coordinator { setup } | Role::Second { setup } => coordinate(&parse(setup)),
         Role::RecoverAlive { setup } => {
             let setup = parse(setup);
@@ -120,11 +120,11 @@ fn main() -> ExitCode {
 
 fn coordinate(setup: &Setup) -> Result<(), String> {
     let done = operation::run(&setup.state(), &setup.connection(), &setup.request(), &mut Silent);
-    done.map(drop).map_err(|error| run::chain(&error))
+    done.map(drop).map_err(|error| coordinator::chain(&error))
 }
 
 fn recover(setup: &Setup, vm: &Liveness) -> Result<(), String> {
-    operation::recover(&setup.state(), vm, &mut Silent).map(drop).map_err(|error| run::chain(&error))
+    operation::recover(&setup.state(), vm, &mut Silent).map(drop).map_err(|error| coordinator::chain(&error))
 }
 
 fn matrix(args: &Args) -> ExitCode {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use coordinator::journal::{OperationKind, Side};
 use coordinator::operation::{self, Liveness, OperationError, Silent};
 use coordinator::resolve::Resolver;
-use coordinator::{MonitorSession, lose_power};
+use coordinator::{MonitorSession, chain, lose_power};
 use serde_json::{Value, json};
 
 use crate::cells::{Cell, Fault, Place, Role, Stranger, Who};
@@ -344,15 +344,4 @@ impl Run<'_> {
         }
         Ok(first)
     }
-}
-
-/// An error and what is behind it.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
